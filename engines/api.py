@@ -1,0 +1,192 @@
+"""What passes between a runner and an engine: requests in, outcomes out.
+
+Plain dataclasses, importable without torch. Everything here is process-neutral, so that an engine may live in the
+caller's process or in another one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+Kind = Literal["generate", "score", "embed", "classify"]
+FinishReason = Literal["stop", "length", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is chosen and when a sequence ends. Names and meanings are those of vLLM and OpenAI.
+
+    Penalties apply to greedy decoding too (`temperature=0`).
+    """
+
+    temperature: float = 0.0
+    """0 is greedy."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0 keeps all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Multiplicative, over prompt and output (CTRL, arXiv 1909.05858); 1 is off."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    max_tokens: int | None = 256
+    """None: as many as the context holds."""
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """None: none. 0: the chosen token's. k: the k most probable tokens' as well, before penalties and temperature."""
+
+
+@dataclass(slots=True)
+class Request:
+    """One prompt for the engine. A row with n samples is n requests."""
+
+    request_id: int
+    """Unique among the requests that an engine holds; chosen by the caller."""
+    kind: Kind
+    token_ids: Sequence[int]
+    """The prompt; for `score` the prompt followed by the continuation."""
+    sampling: SamplingParams | None = None
+    """For `generate` only."""
+    stream: int = 0
+    """64-bit key of this request's random numbers: a hash of (job seed, row identity, sample number)."""
+    score_from: int = 0
+    """For `score`: log-probabilities are wanted of token_ids[score_from:]; at least 1."""
+    adapter: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorInfo:
+    """Why a request has no result. `code` is a short stable word (see docs), `message` a sentence for a person."""
+
+    code: str
+    message: str
+
+
+@dataclass(slots=True)
+class TokenLogprobs:
+    """Of one generated position: the chosen token's log-probability and those of the most probable tokens."""
+
+    logprob: float
+    top_ids: list[int] = field(default_factory=list)
+    top_logprobs: list[float] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What came back for a request; exactly one for each request submitted."""
+
+    request_id: int
+    finish_reason: FinishReason
+    token_ids: list[int] = field(default_factory=list)
+    """Generated tokens, without the end-of-sequence or stop token that ended them."""
+    stop_reason: str | int | None = None
+    """The stop string or stop token id that ended the sequence; None for end-of-sequence and for length."""
+    logprobs: list[TokenLogprobs] | None = None
+    values: Sequence[float] | None = None
+    """`embed`: the vector; `classify`: one logit a label; `score`: one log-probability a scored token (float32)."""
+    num_prompt_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Prompt tokens whose KV was reused instead of computed."""
+    error: ErrorInfo | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """A snapshot of an engine, cheap enough to take at every step."""
+
+    num_waiting: int
+    num_running: int
+    num_free_blocks: int
+    num_blocks: int
+    num_steps: int
+    num_preemptions: int
+    num_prompt_tokens: int
+    """Prompt tokens computed so far (cached ones not counted)."""
+    num_cached_tokens: int
+    num_output_tokens: int
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Settings that mean the same in every engine. A backend's own settings extend this class in its offers.py."""
+
+    dtype: str = "auto"
+    """Compute dtype: auto (the checkpoint's, where the device can), float32, float16 or bfloat16."""
+    max_model_len: int | None = None
+    """Longest prompt + output in tokens; null: the model's own length."""
+    max_num_seqs: int = 128
+    """Sequences decoded together."""
+    max_num_batched_tokens: int = 2048
+    """New tokens computed in one step, prefill and decode together; long prompts are split to fit (chunked prefill)."""
+    block_size: int = 32
+    """Tokens in a block of the KV cache; a power of two."""
+    kv_cache_bytes: int | None = None
+    """Size of the KV cache; null: `kv_memory_fraction` of what is free once the weights are loaded."""
+    kv_memory_fraction: float = 0.5
+    """Share of the free memory that the KV cache may take when kv_cache_bytes is null."""
+    prefix_caching: bool = True
+    """Keep the KV of finished prefixes and reuse it for prompts that begin alike."""
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """All that is needed to build an engine; what a plan resolves to."""
+
+    backend: str
+    model_path: str
+    """A local folder with config.json and safetensors files."""
+    dtype: str
+    """Resolved: float32, float16 or bfloat16."""
+    config: EngineConfig
+    kind: Kind = "generate"
+    device: str = "cpu"
+    pooling: str | None = None
+    """For `embed`: cls, mean, max or last."""
+    normalize: bool = False
+    """For `embed`: scale vectors to length 1."""
+    eos_token_ids: tuple[int, ...] = ()
+    implementation: Literal["native", "transformers"] = "native"
+    """Which code runs the layers: this project's decoder, or the fallback through transformers."""
+
+
+class Engine(Protocol):
+    """Continuous batching over one model.
+
+    An outcome always comes back for a submitted request, in success or in error; one bad request never takes the
+    others with it.
+    """
+
+    max_model_len: int
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        """Queue requests. Never raises for a bad one: its outcome carries the error."""
+
+    def step(self) -> list[Outcome]:
+        """Run one iteration and return what finished. Returns [] at once when nothing is queued."""
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests submitted whose outcome has not come back."""
+
+    def stats(self) -> EngineStats: ...
+
+    def close(self) -> None:
+        """Free the model and the cache. The engine cannot be used afterwards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Requirement:
+    """One thing a model needs of an op set: an op, and the values of its arguments that an op set may not offer.
+
+    Example: Requirement("paged_attention", {"head_dim": 80, "dtype": "bfloat16", "window": True}).
+    """
+
+    op: str
+    attributes: dict[str, int | str | bool] = field(default_factory=dict)
+    in_decode_step: bool = True
+    """False for what runs once a job or once a prompt: a slow op there does not disqualify an engine."""

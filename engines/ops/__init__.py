@@ -1,0 +1,41 @@
+"""The ops an engine is made of: one method an op, each bound here to its reference in plain torch.
+
+A backend subclasses OpSet and overrides what it does faster. Where an op comes from can be asked: `origin`.
+Shapes, dtypes and rounding are in the docstrings of the references, which are the contract.
+"""
+
+from __future__ import annotations
+
+from engines.ops import activation, attention, embedding, kv_cache, linear, norm, rotary, sampling
+
+
+class OpSet:
+    """Every op on plain torch; right on every device, and what the overrides are tested against."""
+
+    rms_norm = staticmethod(norm.rms_norm)
+    add_rms_norm = staticmethod(norm.add_rms_norm)
+    layer_norm = staticmethod(norm.layer_norm)
+    rope = staticmethod(rotary.rope)
+    allocate_kv_cache = staticmethod(kv_cache.allocate_kv_cache)
+    write_kv = staticmethod(kv_cache.write_kv)
+    paged_attention = staticmethod(attention.paged_attention)
+    encoder_attention = staticmethod(attention.encoder_attention)
+    act = staticmethod(activation.act)
+    act_and_mul = staticmethod(activation.act_and_mul)
+    softcap = staticmethod(activation.softcap)
+    prepare_linear = staticmethod(linear.prepare_linear)
+    linear = staticmethod(linear.linear)
+    embedding = staticmethod(embedding.embedding)
+    apply_penalties = staticmethod(sampling.apply_penalties)
+    sample = staticmethod(sampling.sample)
+    log_softmax_gather = staticmethod(sampling.log_softmax_gather)
+    top_logprobs = staticmethod(sampling.top_logprobs)
+
+
+OP_NAMES = tuple(name for name in vars(OpSet) if not name.startswith("_"))
+
+
+def origin(ops: OpSet, op: str) -> str:
+    """The module that an op set takes an op from, as the plan names it: "reference" or the module's dotted name."""
+    module = getattr(ops, op).__module__
+    return "reference" if module.startswith("engines.ops.") else module

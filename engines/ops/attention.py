@@ -1,0 +1,92 @@
+"""Attention over a ragged batch: paged for decoders, plain for encoders. Softmax in float32 (float64 for float64)."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from engines.batch import Batch
+from engines.ops.kv_cache import KVCache
+
+
+def paged_attention(
+    q: Tensor,
+    cache: KVCache,
+    batch: Batch,
+    softmax_scale: float,
+    window_size: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of each sequence's new tokens to all its tokens, whose keys and values the cache already holds.
+
+    q: [num_tokens, num_heads, head_dim]; num_heads is a multiple of the cache's num_kv_heads, query head h reads KV
+    head h // (num_heads / num_kv_heads). window_size: a token attends to itself and the window_size - 1 tokens before
+    it; 0: to all. softcap: scores become softcap * tanh(score / softcap) (Gemma 2); 0: off. sinks: [num_heads] logits
+    that join each softmax without a value (gpt-oss). batch.prefix_groups is a hint that an op set may ignore.
+
+    Returns a new tensor, [num_tokens, num_heads, head_dim], q's dtype. Slots past a sequence's length are not read.
+    """
+    assert batch.block_tables is not None
+    out = torch.empty_like(q)
+    group = q.shape[1] // cache.k.shape[1]
+    starts = batch.cu_seqlens_q.tolist()
+    for i, seq_len in enumerate(batch.seq_lens.tolist()):
+        begin, end = starts[i], starts[i + 1]
+        if begin == end:
+            continue
+        num_blocks = -(-seq_len // cache.block_size)
+        blocks = batch.block_tables[i, :num_blocks].long()
+        k, v = (t[blocks].transpose(1, 2).reshape(-1, *t.shape[1:2], t.shape[3])[:seq_len] for t in (cache.k, cache.v))
+        first = seq_len - (end - begin)
+        out[begin:end] = _attend(q[begin:end], k, v, group, softmax_scale, first, window_size, softcap, sinks)
+    return out
+
+
+def encoder_attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, softmax_scale: float) -> Tensor:
+    """Bidirectional attention within each sequence of the batch, without a cache.
+
+    q, k, v: [num_tokens, num_heads, head_dim]. Returns a new tensor of q's shape and dtype.
+    """
+    out = torch.empty_like(q)
+    starts = batch.cu_seqlens_q.tolist()
+    for begin, end in itertools.pairwise(starts):
+        if begin == end:
+            continue
+        out[begin:end] = _attend(q[begin:end], k[begin:end], v[begin:end], 1, softmax_scale, None, 0, 0.0, None)
+    return out
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    group: int,
+    scale: float,
+    first: int | None,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """One sequence. first: position of q's first token, for the causal mask; None: no mask."""
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    q_, k_, v_ = (t.to(wide).transpose(0, 1) for t in (q, k, v))
+    k_, v_ = k_.repeat_interleave(group, 0), v_.repeat_interleave(group, 0)
+    scores = q_ @ k_.transpose(1, 2) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    if first is not None:
+        query = torch.arange(first, first + q.shape[0], device=q.device)[:, None]
+        key = torch.arange(k.shape[0], device=q.device)[None, :]
+        hidden = key > query
+        if window:
+            hidden |= key <= query - window
+        scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is None:
+        weights = scores.softmax(-1)
+    else:
+        column = sinks.to(wide)[:, None, None].expand(-1, q.shape[0], 1)
+        weights = torch.cat((scores, column), -1).softmax(-1)[..., :-1]
+    return (weights @ v_).transpose(0, 1).to(q.dtype)

@@ -1,0 +1,63 @@
+"""Errors by who must act, with the exit code that each one ends the process with.
+
+Every message has one form: `<key or row>: <what was found>; <what is expected>; <what to do>`.
+"""
+
+from __future__ import annotations
+
+
+class RunnerError(Exception):
+    """Base of the errors that end a job with a message instead of a stack trace."""
+
+    exit_code = 70
+
+
+class ConfigError(RunnerError):
+    """The person who wrote the configuration must act: a wrong key, type, value or combination."""
+
+    exit_code = 2
+
+
+class InputError(RunnerError):
+    """What the configuration points at is missing, unreadable or has changed: data, model files."""
+
+    exit_code = 3
+
+
+class OutputError(RunnerError):
+    """The output folder cannot be used: another job's, not writable, damaged."""
+
+    exit_code = 4
+
+
+class EngineError(RunnerError):
+    """No engine can run this model here, or the engine failed for all rows."""
+
+    exit_code = 5
+
+
+class TooManyErrors(RunnerError):
+    """`max_error_rate` or `max_consecutive_errors` was exceeded; committed rows are kept."""
+
+    exit_code = 6
+
+
+class InternalError(RunnerError):
+    """A defect of this project."""
+
+    exit_code = 70
+
+
+class Interrupted(RunnerError):
+    """Stopped by a signal or by `max_runtime_s` with rows left: run the same command again (EX_TEMPFAIL)."""
+
+    exit_code = 75
+
+
+class RowError(Exception):
+    """One row cannot be processed. Becomes the row's `error_code` and `error_message`, never ends a job."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
