@@ -152,6 +152,16 @@ class EngineSettings:
     eos_token_ids: tuple[int, ...] = ()
     implementation: Literal["native", "transformers"] = "native"
     """Which code runs the layers: this project's decoder, or the fallback through transformers."""
+    numerics: Literal["invariant", "fast"] = "invariant"
+    """invariant: a request's result does not depend on what else is in the batch."""
+
+
+class CheckpointError(ValueError):
+    """A model folder cannot be used: the message names the file or tensor, what was found and what is expected."""
+
+
+class UnsupportedModelError(ValueError):
+    """A sound checkpoint that this code cannot run: the message says what is missing."""
 
 
 class Engine(Protocol):

@@ -42,6 +42,8 @@ class Batch:
     output_indices: torch.Tensor | None = None
     """[num_outputs] int64: the tokens whose hidden states go on to the head; None: all"""
     prefix_groups: tuple[PrefixGroup, ...] = field(default=())
+    seq_ids: tuple[int, ...] = ()
+    """One id a sequence, stable over its life: for models that keep their own state instead of the paged cache."""
 
     @property
     def num_seqs(self) -> int:

@@ -149,7 +149,7 @@ class JobConfig:
     samples: int = bounded(1, ge=1, le=1024)
     """Outputs per row (`sampling.n` in YAML); more than one makes the output columns lists."""
     sampling_columns: dict[str, str] = field(default_factory=dict)
-    """Per-row overrides (`sampling.columns` in YAML): sampling parameter -> input column; null in a row: the default."""
+    """Per-row overrides (`sampling.columns` in YAML): sampling parameter -> input column; null in a row: default."""
     parallelism: ParallelismConfig = ParallelismConfig()
     output: OutputConfig = OutputConfig()
     host: HostConfig = HostConfig()

@@ -1,0 +1,42 @@
+"""What the engine asks of a loaded model, native or not."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from engines.batch import Batch
+from engines.models.spec import ModelSpec
+from engines.ops.kv_cache import KVCache
+
+
+class Model(Protocol):
+    """Weights on a device, and the forward pass over a ragged batch."""
+
+    spec: ModelSpec | None
+    """None for a model that runs through transformers."""
+    vocab_size: int
+    hidden_size: int
+    max_model_len: int
+    paged: bool
+    """Whether forward uses `caches`. If not, the model keeps its own state by batch.seq_ids until `release`."""
+    num_cache_layers: int
+    num_kv_heads: int
+    head_dim: int
+    """Shape of the caches that `forward` wants; 0 layers for encoders."""
+
+    def forward(self, batch: Batch, caches: list[KVCache]) -> Tensor:
+        """Hidden states after the last norm, [num_outputs, hidden_size], of the tokens in batch.output_indices.
+
+        Modifies the caches: the new tokens' keys and values are written at batch.slot_mapping.
+        """
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[n, hidden_size] -> [n, vocab_size] float32, soft cap applied."""
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        """One pooled hidden state a sequence, [n, hidden_size] -> [n, num_labels] float32."""
+
+    def release(self, seq_id: int) -> None:
+        """The sequence has ended or was preempted: forget its state, if any is kept here."""
