@@ -1,6 +1,6 @@
 """A model folder as it lies on disk: config.json, tensor headers, end-of-sequence ids. Reads no weights.
 
-Needs no torch. Everything in the folder is data of unknown origin: sizes are bounded, paths may not leave the folder, headers are
+Everything in the folder is data of unknown origin: sizes are bounded, paths may not leave the folder, headers are
 checked against the files before anything is allocated. Tensors themselves are read by engines/weights.py.
 
 Source of the file format: https://huggingface.co/docs/safetensors (header: 8-byte little-endian length, JSON; offsets

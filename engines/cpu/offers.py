@@ -1,0 +1,55 @@
+"""What the CPU engine offers: every op of the reference, on any processor; a compiled library makes some fast."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engines.api import EngineConfig
+from engines.capability import ANYTHING, YES, Allowed, Offer, one_of
+from engines.platform import CPU_EXTENSION, Host
+
+
+@dataclass(frozen=True)
+class Config(EngineConfig):
+    """Settings of the CPU engine."""
+
+    num_threads: int | None = None
+    """Threads that compute; null: one for each core that this process may use."""
+
+
+DTYPES = one_of("float32", "bfloat16", "float16")
+HEADS = {"dtype": DTYPES, "head_dim": ANYTHING}
+OPS: dict[str, dict[str, Allowed]] = {
+    "embedding": {"dtype": DTYPES},
+    "linear": {"dtype": DTYPES},
+    "rms_norm": {"dtype": DTYPES, "weight_offset": YES},
+    "add_rms_norm": {"dtype": DTYPES, "weight_offset": YES},
+    "layer_norm": {"dtype": DTYPES},
+    "rope": {**HEADS, "kind": ANYTHING, "rotary_dim": ANYTHING},
+    "write_kv": HEADS,
+    "paged_attention": {**HEADS, "group": ANYTHING, "window": YES, "softcap": YES, "sinks": YES},
+    "encoder_attention": HEADS,
+    "act": {"dtype": DTYPES, "activation": ANYTHING},
+    "act_and_mul": {"dtype": DTYPES, "activation": ANYTHING},
+    "softcap": {},
+    "sample": {},
+    "apply_penalties": {},
+    "log_softmax_gather": {},
+    "top_logprobs": {},
+    "parallelism": {"tp": one_of(1), "dp": one_of(1), "ep": one_of(1)},
+    "transformers_model": {"dtype": DTYPES},
+}
+"""Weights are unquantized: `linear` lists no `quantization`."""
+
+COMPILED = frozenset({"paged_attention"})
+"""Ops that are slow enough without the compiled library for the plan to say so."""
+
+
+def offers(host: Host) -> Offer:
+    built = CPU_EXTENSION in host.extensions
+    return Offer(
+        engine="cpu",
+        ops=OPS,
+        reference=frozenset() if built else COMPILED,
+        notes=() if built else ("compiled CPU library absent: reinstall with a C++20 compiler on PATH",),
+    )

@@ -1,0 +1,281 @@
+"""The machine that a plan is for: this one, probed, or one described in YAML. torch is imported by `probe` alone, and
+only when an NVIDIA driver is there; deciding for a CPU takes a few milliseconds.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform as python_platform
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Protocol
+
+GIB = 1 << 30
+CUDA_EXTENSION, CPU_EXTENSION = "cuda", "cpu"
+
+
+@dataclass(frozen=True)
+class Host:
+    """One machine with `num_devices` equal devices. A size or rate of 0 means unknown."""
+
+    name: str
+    """`this`, or the name of a described host."""
+    device: str
+    """cuda, rocm, xpu, ascend, maca or camb; cpu when there is no accelerator."""
+    device_name: str = ""
+    num_devices: int = 1
+    compute_capability: tuple[int, int] | None = None
+    memory_bytes: int = 0
+    """Of one device; of the machine for cpu."""
+    free_bytes: int = 0
+    """What is free of it now; for a described host all of it."""
+    bytes_s: float = 0.0
+    """Read bandwidth of one device."""
+    flops_16bit: float = 0.0
+    """Matrix rate of one device in float16 and bfloat16, operations a second."""
+    flops_32bit: float = 0.0
+    cuda: str | None = None
+    """CUDA version, as "13.0"."""
+    price_per_hour: float | None = None
+    cpu_name: str = ""
+    cpu_cores: int = 0
+    cpu_memory_bytes: int = 0
+    """Free for use, of the machine; 0 where a described host with an accelerator does not say."""
+    cpu_dtypes: frozenset[str] = frozenset({"float32"})
+    """dtypes that the processor multiplies natively."""
+    extensions: frozenset[str] = frozenset()
+    """Compiled libraries that are installed: cpu, cuda. Assumed to be for a described host."""
+    triton: bool = False
+    """Whether triton can be imported."""
+    problems: tuple[str, ...] = ()
+    """What stands between this machine and its accelerator, in sentences."""
+
+    @property
+    def described(self) -> bool:
+        return self.name != "this"
+
+
+class Described(Protocol):
+    """The keys of a described host, as the configuration has them (runner.config.HostConfig)."""
+
+    name: str
+    device: str
+    device_name: str
+    num_devices: int
+    compute_capability: str | None
+    memory_gib: float
+    memory_gb_s: float
+    tflops_16bit: float
+    tflops_32bit: float
+    cuda: str | None
+    price_per_hour: float | None
+
+
+def describe(config: Described) -> Host:
+    """A host as written down. Raises ValueError, worded for a person, for a capability that is not "major.minor"."""
+    memory = round(config.memory_gib * GIB)
+    on_cpu = config.device == "cpu"
+    return Host(
+        name=config.name,
+        device=config.device,
+        device_name=config.device_name,
+        num_devices=config.num_devices,
+        compute_capability=_capability(config.compute_capability),
+        memory_bytes=memory,
+        free_bytes=memory,
+        bytes_s=config.memory_gb_s * 1e9,
+        flops_16bit=config.tflops_16bit * 1e12,
+        flops_32bit=config.tflops_32bit * 1e12,
+        cuda=config.cuda,
+        price_per_hour=config.price_per_hour,
+        cpu_name=config.device_name if on_cpu else "",
+        cpu_memory_bytes=memory if on_cpu else 0,
+        # A CPU whose 16-bit rate is above its 32-bit rate has instructions for it.
+        cpu_dtypes=frozenset({"float32", "bfloat16"} if config.tflops_16bit > config.tflops_32bit else {"float32"})
+        if on_cpu
+        else frozenset({"float32"}),
+        extensions=frozenset({CPU_EXTENSION, CUDA_EXTENSION}),
+        triton=True,
+    )
+
+
+def probe(price_per_hour: float | None = None) -> Host:
+    """This machine."""
+    name, dtypes = _processor()
+    memory, free = _memory()
+    host = Host(
+        name="this",
+        device="cpu",
+        device_name=name,
+        memory_bytes=memory,
+        free_bytes=free,
+        price_per_hour=price_per_hour,
+        cpu_name=name,
+        cpu_cores=_cores(),
+        cpu_memory_bytes=free,
+        cpu_dtypes=dtypes,
+        extensions=installed_extensions(),
+        triton=importlib.util.find_spec("triton") is not None,
+    )
+    return _with_accelerator(host) if driver_present() else host
+
+
+def driver_present() -> bool:
+    """Whether an NVIDIA driver is installed: the question that decides whether torch is worth importing."""
+    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+
+
+def installed_extensions() -> frozenset[str]:
+    """Compiled libraries that lie in the engines folder, by name; says nothing about whether they load."""
+    folder = Path(__file__).parent
+    patterns = {CPU_EXTENSION: "_cpu_ops*", CUDA_EXTENSION: "_cuda_ops*"}
+    suffixes = (".so", ".dylib", ".dll", ".pyd")
+    return frozenset(
+        name for name, pattern in patterns.items() if any(f.suffix in suffixes for f in folder.glob(pattern))
+    )
+
+
+def is_bf16_supported(host: Host, on_cpu: bool = False) -> bool:
+    """Whether the host's device, or its processor, multiplies bfloat16 natively (NVIDIA: sm 8.0 and CUDA 11)."""
+    if on_cpu or host.device == "cpu":
+        return "bfloat16" in host.cpu_dtypes
+    if host.device == "cuda":
+        recent = host.cuda is None or int(host.cuda.split(".")[0]) >= 11
+        return recent and host.compute_capability is not None and host.compute_capability >= (8, 0)
+    return host.device in ("rocm", "xpu", "ascend", "maca", "camb")
+
+
+def resolve_dtype(wanted: str, checkpoint: str, host: Host, on_cpu: bool) -> tuple[str, str | None]:
+    """(dtype to compute in, why if it is neither what was asked for nor the checkpoint's).
+
+    An explicit dtype is returned as it is: whether the device has it is the engine's verdict, not a matter of choice.
+    """
+    if wanted != "auto":
+        return wanted, None
+    where = "this CPU" if on_cpu and not host.described else (host.cpu_name or "this CPU" if on_cpu else _device(host))
+    if checkpoint not in ("float32", "float16", "bfloat16"):
+        return "float32", f"dtype float32: the checkpoint's is {checkpoint}, which is none that engines compute in"
+    if on_cpu:
+        if checkpoint in host.cpu_dtypes or checkpoint == "float32":
+            return checkpoint, None
+        return (
+            "float32",
+            f"dtype float32: {where} has no {checkpoint} instructions, float32 is faster and loses nothing",
+        )
+    if checkpoint == "bfloat16" and not is_bf16_supported(host):
+        return "float16", f"dtype float16 instead of the checkpoint's bfloat16: {where}"
+    return checkpoint, None
+
+
+def cuda_blockers(host: Host, minimum: tuple[int, int]) -> list[str]:
+    """Why an engine for NVIDIA devices cannot run on this host, in sentences; [] if it can."""
+    if host.problems and host.device == "cpu":
+        return list(host.problems)
+    if host.device == "cpu":
+        return ["no CUDA device: " + (f"host {host.name} has none" if host.described else "no NVIDIA driver was found")]
+    if host.device != "cuda":
+        return [f"device {host.device}: expected cuda"]
+    if host.compute_capability is None:
+        return ["compute capability unknown: host.compute_capability is not given"]
+    if host.compute_capability < minimum:
+        return [f"{_device(host)} < {minimum[0]}.{minimum[1]}"]
+    return []
+
+
+def _device(host: Host) -> str:
+    if host.compute_capability is not None:
+        return f"sm {host.compute_capability[0]}.{host.compute_capability[1]}"
+    return host.device
+
+
+def _capability(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    major, dot, minor = str(text).partition(".")
+    if not (major.isdigit() and dot and minor.isdigit()):
+        raise ValueError(f'host.compute_capability: {text!r}; expected "<major>.<minor>", as "9.0"; quote it in YAML')
+    return int(major), int(minor)
+
+
+def _cores() -> int:
+    """Processors this process may use (affinity counts, as under Slurm and in containers)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _processor() -> tuple[str, frozenset[str]]:
+    """(name, dtypes with matrix instructions) of this machine's processor."""
+    cpuinfo = Path("/proc/cpuinfo")
+    fields: dict[str, str] = {}
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text(errors="replace").split("\n\n")[0].splitlines():
+            key, _, value = line.partition(":")
+            fields[key.strip()] = value.strip()
+    flags = set((fields.get("flags") or fields.get("Features") or "").split())
+    dtypes = {"float32"}
+    if flags & {"avx512_bf16", "amx_bf16", "bf16"}:
+        dtypes.add("bfloat16")
+    if flags & {"avx512_fp16", "amx_fp16", "asimdhp"}:
+        dtypes.add("float16")
+    return fields.get("model name") or python_platform.processor() or python_platform.machine(), frozenset(dtypes)
+
+
+def _memory() -> tuple[int, int]:
+    """(total, available) bytes, within the limit of this process's control group; (0, 0) when nothing says."""
+    fields: dict[str, int] = {}
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            key, _, value = line.partition(":")
+            fields[key] = int(value.split()[0]) * 1024
+    elif hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
+        fields["MemTotal"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total = fields.get("MemTotal", 0)
+    available = fields.get("MemAvailable", total)
+    limit, used = _control_group()
+    return (min(total, limit), min(available, max(limit - used, 0))) if limit else (total, available)
+
+
+def _control_group() -> tuple[int, int]:
+    """(memory limit, use) of this process's control group; (0, 0) without a limit."""
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            text = Path(limit).read_text().strip()
+            # Version 1 spells "no limit" as a number close to 2**63.
+            if text.isdigit() and int(text) < 1 << 60:
+                return int(text), int(Path(used).read_text())
+        except OSError:
+            continue
+    return 0, 0
+
+
+def _with_accelerator(host: Host) -> Host:
+    """The host with the NVIDIA devices that torch sees, or with the reason why it sees none."""
+    import torch
+
+    if torch.version.cuda is None:
+        problem = (
+            f"an NVIDIA driver is here, but torch {torch.__version__} was built without CUDA: install a CUDA build"
+        )
+        return replace(host, problems=(problem,))
+    if not torch.cuda.is_available():
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        reason = f"CUDA_VISIBLE_DEVICES is {visible!r}" if visible is not None else "run nvidia-smi to see why"
+        return replace(host, problems=(f"no CUDA device: torch {torch.__version__} finds none ({reason})",))
+    free, total = torch.cuda.mem_get_info(0)
+    return replace(
+        host,
+        device="cuda",
+        device_name=torch.cuda.get_device_name(0),
+        num_devices=torch.cuda.device_count(),
+        compute_capability=torch.cuda.get_device_capability(0),
+        memory_bytes=total,
+        free_bytes=free,
+        cuda=torch.version.cuda,
+    )
