@@ -12,8 +12,11 @@ Field names are those of Hugging Face's config.json where it has them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
+
+from engines.api import Kind, Requirement
 
 
 @dataclass(frozen=True)
@@ -106,4 +109,83 @@ class EncoderSpec:
         return self.hidden_size // self.num_attention_heads
 
 
+@dataclass(frozen=True)
+class PackedModules:
+    """Projections that a checkpoint stores as one tensor."""
+
+    parts: tuple[str, ...]
+    """The modules' own names, in the order in which they are asked for: ("q_proj", "k_proj", "v_proj")."""
+    stored: str
+    """The name of the module that holds them."""
+    grouped: bool = False
+    """False: rows of the first part, then of the second ... True: for each group (KV head) its rows of every part."""
+
+
+@dataclass(frozen=True)
+class CheckpointLayout:
+    """Where a family's checkpoints keep what a model asks for. Models ask by the names of Llama's and BERT's modules."""
+
+    prefixes: tuple[str, ...] = ("model.", "")
+    """Text before all names but the heads'; the first that fits the checkpoint's embedding table is taken."""
+    renames: tuple[tuple[str, str], ...] = ()
+    """(asked, stored): dotted parts of a name and what stands for them in the checkpoint."""
+    packed: tuple[PackedModules, ...] = ()
+    ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
+    """Regular expressions, matched whole, of tensors that no result depends on."""
+
+
 ModelSpec = DecoderSpec | EncoderSpec
+
+
+def requirements(
+    spec: ModelSpec,
+    dtype: str,
+    kind: Kind,
+    quantization: Mapping[str, int | str | bool] | None = None,
+    adapters: bool = False,
+) -> list[Requirement]:
+    """What an op set must offer to run a model, from its sizes and variants alone.
+
+    quantization: attributes of the linear layers' format (engines.capability.quantization_attributes); empty: dense.
+    """
+    linear = Requirement("linear", {"dtype": dtype, **(quantization or {})})
+    needed = [Requirement("embedding", {"dtype": dtype}), linear]
+    needed += _encoder(spec, dtype) if isinstance(spec, EncoderSpec) else _decoder(spec, dtype)
+    if adapters:
+        needed.append(Requirement("lora", {"dtype": dtype}))
+    if kind == "generate":
+        needed += [Requirement("sample"), Requirement("apply_penalties"), Requirement("top_logprobs")]
+    if kind in ("generate", "score"):
+        needed.append(Requirement("log_softmax_gather", in_decode_step=False))
+    return needed
+
+
+def _decoder(spec: DecoderSpec, dtype: str) -> list[Requirement]:
+    heads: dict[str, int | str | bool] = {"dtype": dtype, "head_dim": spec.head_dim}
+    norm: dict[str, int | str | bool] = {"dtype": dtype}
+    if spec.norm_weight_offset:
+        norm["weight_offset"] = True
+    attention = {**heads, "group": spec.num_attention_heads // spec.num_key_value_heads}
+    if any(spec.windows):
+        attention["window"] = True
+    if spec.attn_softcap:
+        attention["softcap"] = True
+    needed = [Requirement("rms_norm", norm), Requirement("add_rms_norm", norm)]
+    for rope in filter(None, (spec.rope, spec.rope_local)):
+        rotary = {**heads, "kind": rope.kind}
+        if rope.rotary_dim:
+            rotary["rotary_dim"] = rope.rotary_dim
+        needed.append(Requirement("rope", rotary))
+    needed += [Requirement("write_kv", heads), Requirement("paged_attention", attention)]
+    needed.append(Requirement("act_and_mul", {"dtype": dtype, "activation": spec.hidden_act}))
+    if spec.logit_softcap:
+        needed.append(Requirement("softcap"))
+    return needed
+
+
+def _encoder(spec: EncoderSpec, dtype: str) -> list[Requirement]:
+    return [
+        Requirement("layer_norm", {"dtype": dtype}),
+        Requirement("encoder_attention", {"dtype": dtype, "head_dim": spec.head_dim}),
+        Requirement("act", {"dtype": dtype, "activation": spec.hidden_act}),
+    ]

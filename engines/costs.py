@@ -1,0 +1,187 @@
+"""Bytes and operations of a model's parts, from its sizes alone: shared by the plan, the benchmarks and their floors.
+
+A multiply-add counts as two operations. Sizes are of one copy of the model on one device; no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engines.models.spec import DecoderSpec, EncoderSpec, ModelSpec
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What something must at least move and compute."""
+
+    num_bytes: float
+    flops: float
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.num_bytes + other.num_bytes, self.flops + other.flops)
+
+    def __mul__(self, times: float) -> Cost:
+        return Cost(self.num_bytes * times, self.flops * times)
+
+    def time_s(self, bytes_s: float, flops_s: float) -> float:
+        """Roofline: the longer of moving and computing."""
+        return max(self.num_bytes / bytes_s, self.flops / flops_s)
+
+
+def num_parameters(spec: ModelSpec) -> int:
+    """Numbers in the checkpoint; tied embeddings count once."""
+    return embedding_parameters(spec) + layer_parameters(spec) * spec.num_hidden_layers + head_parameters(spec)
+
+
+def embedding_parameters(spec: ModelSpec) -> int:
+    if isinstance(spec, DecoderSpec):
+        return spec.vocab_size * spec.hidden_size
+    rows = spec.vocab_size + spec.max_position_embeddings + spec.position_offset + spec.type_vocab_size
+    return (rows + 2) * spec.hidden_size
+
+
+def layer_parameters(spec: ModelSpec) -> int:
+    return matrix_parameters(spec) + (_encoder_vectors(spec) if isinstance(spec, EncoderSpec) else _vectors(spec))
+
+
+def matrix_parameters(spec: ModelSpec) -> int:
+    """Weights of one layer's matrices: what every token multiplies."""
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    if isinstance(spec, EncoderSpec):
+        return 4 * hidden * hidden + 2 * hidden * inner
+    q, kv = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
+    return hidden * (q + 2 * kv) + q * hidden + 3 * hidden * inner
+
+
+def _vectors(spec: DecoderSpec) -> int:
+    q, kv = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
+    return (
+        spec.hidden_size * (4 if spec.sandwich_norm else 2)
+        + (2 * spec.head_dim if spec.qk_norm else 0)
+        + (q + 2 * kv if spec.qkv_bias else 0)
+        + (spec.hidden_size if spec.o_bias else 0)
+        + (2 * spec.intermediate_size + spec.hidden_size if spec.mlp_bias else 0)
+    )
+
+
+def _encoder_vectors(spec: EncoderSpec) -> int:
+    return 4 * spec.hidden_size + spec.intermediate_size + spec.hidden_size + 4 * spec.hidden_size
+
+
+def head_parameters(spec: ModelSpec) -> int:
+    """What comes after the layers: last norm, and the head where it is not the embedding's own table."""
+    hidden = spec.hidden_size
+    if isinstance(spec, EncoderSpec):
+        if spec.head == "none":
+            return 0
+        return hidden * hidden + hidden + spec.num_labels * (hidden + 1)
+    if spec.num_labels:
+        return hidden + hidden * spec.num_labels
+    return hidden + (0 if spec.tie_word_embeddings else spec.vocab_size * hidden)
+
+
+def weight_bytes(spec: ModelSpec, dtype: str) -> int:
+    return num_parameters(spec) * DTYPE_BYTES[dtype]
+
+
+def kv_bytes_per_token(spec: ModelSpec, dtype: str) -> int:
+    """Keys and values of one token in all layers; 0 for encoders, which keep none."""
+    if isinstance(spec, EncoderSpec):
+        return 0
+    return 2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * DTYPE_BYTES[dtype]
+
+
+def activation_bytes(spec: ModelSpec, dtype: str, num_tokens: int, num_outputs: int) -> int:
+    """Most that a step of num_tokens new tokens holds besides weights and cache.
+
+    The widest moment of a layer (residual, normed input, and either q, k, v and the attention's output or gate, up
+    and their product), or the float32 logits of num_outputs positions, twice: sampling makes a copy.
+    """
+    size = DTYPE_BYTES[dtype]
+    hidden, inner = spec.hidden_size, spec.intermediate_size
+    if isinstance(spec, EncoderSpec):
+        widest = max(4 * hidden, 2 * inner)
+        return num_tokens * (2 * hidden + widest) * size
+    q, kv = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
+    widest = max(2 * q + 2 * kv, 3 * inner)
+    logits = 0 if spec.num_labels else 2 * 4 * num_outputs * spec.vocab_size
+    return num_tokens * (2 * hidden + widest) * size + logits
+
+
+def linear(num_tokens: float, in_features: int, out_features: int, dtype: str) -> Cost:
+    size = DTYPE_BYTES[dtype]
+    moved = in_features * out_features + num_tokens * (in_features + out_features)
+    return Cost(moved * size, 2.0 * num_tokens * in_features * out_features)
+
+
+def attention(spec: ModelSpec, num_tokens: float, mean_kv_len: float, dtype: str) -> Cost:
+    """Of one layer: num_tokens new tokens that attend to mean_kv_len tokens each (after window and causal mask).
+
+    Bytes are those of decoding, where every sequence reads its own keys and values.
+    """
+    heads = spec.num_attention_heads
+    kv_heads = heads if isinstance(spec, EncoderSpec) else spec.num_key_value_heads
+    moved = num_tokens * (mean_kv_len * 2 * kv_heads + 2 * heads) * spec.head_dim * DTYPE_BYTES[dtype]
+    return Cost(moved, 4.0 * num_tokens * mean_kv_len * heads * spec.head_dim)
+
+
+def rms_norm(num_tokens: float, hidden_size: int, dtype: str) -> Cost:
+    return Cost((2 * num_tokens + 1) * hidden_size * DTYPE_BYTES[dtype], 4.0 * num_tokens * hidden_size)
+
+
+def step(spec: ModelSpec, dtype: str, num_tokens: float, kv_tokens: float, num_outputs: float) -> Cost:
+    """One pass through the model.
+
+    num_tokens: new tokens. kv_tokens: of all sequences together, the cached tokens that are read (once a sequence).
+    Attention's operations are for tokens that attend to kv_tokens / num_tokens each. num_outputs: positions whose
+    logits are wanted.
+    """
+    size = DTYPE_BYTES[dtype]
+    layers = spec.num_hidden_layers
+    matrices = matrix_parameters(spec) * layers
+    cost = Cost(matrices * size, 2.0 * matrices * num_tokens)
+    if num_tokens:
+        cost = cost + attention(spec, num_tokens, kv_tokens / num_tokens, dtype) * layers
+        cost = cost + rms_norm(num_tokens, spec.hidden_size, dtype) * (2 * layers)
+    if isinstance(spec, DecoderSpec) and num_outputs:
+        cost = cost + linear(num_outputs, spec.hidden_size, spec.num_labels or spec.vocab_size, dtype)
+    return cost
+
+
+def visible_tokens(spec: ModelSpec, length: float) -> float:
+    """Cached tokens that a token at the end of a sequence attends to, the mean over layers (windows hide the rest)."""
+    if isinstance(spec, EncoderSpec):
+        return length
+    windows = (spec.window(layer) for layer in range(spec.num_hidden_layers))
+    return sum(min(length, window) if window else length for window in windows) / max(spec.num_hidden_layers, 1)
+
+
+def job(
+    spec: ModelSpec,
+    dtype: str,
+    num_requests: float,
+    prompt_tokens: float,
+    output_tokens: float,
+    num_seqs: float,
+    step_tokens: float = 2048,
+) -> tuple[Cost, Cost]:
+    """(prefill, decode) of num_requests requests of these mean lengths, num_seqs of them decoding together.
+
+    Prefill moves the weights once for every step of step_tokens; the sum is a floor, not a prediction.
+    """
+    tokens = num_requests * prompt_tokens
+    # A prompt's tokens see half of it on average, all of it in an encoder.
+    seen = visible_tokens(spec, prompt_tokens) * (1.0 if isinstance(spec, EncoderSpec) else 0.5)
+    in_step = min(step_tokens, tokens)
+    steps = tokens / in_step if in_step else 0.0
+    outputs = num_requests / steps if steps else 0.0
+    prefill = step(spec, dtype, in_step, 0.0, outputs) * steps
+    prefill = prefill + Cost(0.0, attention(spec, tokens, seen, dtype).flops * spec.num_hidden_layers)
+    decoded = num_requests * max(output_tokens - 1, 0)  # prefill gives the first token
+    together = min(num_seqs, num_requests)
+    if not decoded or not together:
+        return prefill, Cost(0.0, 0.0)
+    kv = together * visible_tokens(spec, prompt_tokens + output_tokens / 2)
+    return prefill, step(spec, dtype, together, kv, together) * (decoded / together)
