@@ -38,5 +38,13 @@ class Model(Protocol):
     def classify(self, hidden: Tensor) -> Tensor:
         """One pooled hidden state a sequence, [n, hidden_size] -> [n, num_labels] float32."""
 
+    def context_key(self, num_prompt_tokens: int, num_tokens: int) -> int:
+        """What a sequence's keys and values depend on besides the tokens before them; 0 for nearly all models.
+
+        Rotary scalings that look at the length of the text (dynamic, longrope) give others. Cached blocks may be
+        shared by sequences with the same key only, and a sequence whose key changes as it grows to num_tokens (prompt
+        and output) must be computed again from its first token. Goes to forward as batch.context_keys.
+        """
+
     def release(self, seq_id: int) -> None:
         """The sequence has ended or was preempted: forget its state, if any is kept here."""

@@ -14,9 +14,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
-from engines.api import Kind, Requirement
+from engines.api import CheckpointError, Kind, Requirement, UnsupportedModelError
 
 
 @dataclass(frozen=True)
@@ -135,6 +135,109 @@ class CheckpointLayout:
 
 
 ModelSpec = DecoderSpec | EncoderSpec
+
+
+def decoder_spec(config: Mapping[str, Any], **differences: Any) -> DecoderSpec:
+    """The spec of a Llama-shaped config.json, in the old or the new spelling; `differences` are the family's own.
+
+    Raises CheckpointError for a config without its sizes, UnsupportedModelError for a value this code cannot run.
+    """
+    heads = size(config, "num_attention_heads")
+    head_dim = config.get("head_dim") or size(config, "hidden_size") // heads
+    fields: dict[str, Any] = {
+        "vocab_size": size(config, "vocab_size"),
+        "hidden_size": size(config, "hidden_size"),
+        "intermediate_size": size(config, "intermediate_size"),
+        "num_hidden_layers": size(config, "num_hidden_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": config.get("num_key_value_heads") or heads,
+        "head_dim": head_dim,
+        "max_position_embeddings": config.get("max_position_embeddings", 2048),
+        "rope": differences.get("rope") or rope_spec(config, head_dim),
+        "rms_norm_eps": config.get("rms_norm_eps", 1e-6),
+        "hidden_act": activation(config.get("hidden_act", "silu")),
+        "tie_word_embeddings": bool(config.get("tie_word_embeddings", False)),
+        "num_labels": num_labels(config),
+    }
+    return DecoderSpec(**{**fields, **differences})
+
+
+def size(config: Mapping[str, Any], key: str) -> int:
+    """A positive integer of config.json. Raises CheckpointError when it is none."""
+    value = config.get(key)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise CheckpointError(
+            f"config.json: {key} is {value!r}; expected a positive integer; is this the model's own config.json?"
+        )
+    return value
+
+
+def num_labels(config: Mapping[str, Any]) -> int:
+    """Outputs of a sequence-classification checkpoint's head; 0 for another kind of checkpoint."""
+    if not str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification"):
+        return 0
+    if isinstance(config.get("id2label"), Mapping):
+        return len(config["id2label"])
+    return int(config.get("num_labels", 2))
+
+
+def activation(name: str) -> Any:
+    """One of the op set's activations by its name in config.json."""
+    known = {
+        "silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu",
+        "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
+    }  # fmt: skip
+    if name not in known:
+        raise UnsupportedModelError(f"config.json: activation {name!r}; expected one of {', '.join(known)}")
+    return known[name]
+
+
+def windows(config: Mapping[str, Any], sliding: tuple[bool, ...]) -> tuple[int, ...]:
+    """DecoderSpec.windows of config.json's layer_types; without them, layer i has sliding_window if sliding[i]."""
+    window = config.get("sliding_window") or 0
+    kinds = config.get("layer_types")
+    if kinds is not None:
+        odd = sorted(set(kinds) - {"sliding_attention", "full_attention"})
+        if odd:
+            raise UnsupportedModelError(f"config.json: layer_types has {odd}; expected sliding or full attention")
+        sliding = tuple(kind == "sliding_attention" for kind in kinds)
+    return tuple(window if here else 0 for here in sliding) if window and any(sliding) else ()
+
+
+def rope_spec(
+    config: Mapping[str, Any], head_dim: int, layer_type: str | None = None, theta: float = 10000.0
+) -> RopeSpec:
+    """The rotary embedding of a config.json: `rope_parameters` (transformers 5), or `rope_theta` and `rope_scaling`.
+
+    layer_type: whose entry to take where rope_parameters has one a layer type. theta: when nothing says.
+    """
+    said = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if layer_type is not None and isinstance(said.get(layer_type), Mapping):
+        said = said[layer_type]
+    values = {key: value for key, value in said.items() if value is not None}
+    kind = values.get("rope_type", values.get("type", "default"))
+    kind = {"su": "longrope", "mrope": "default"}.get(kind, kind)
+    if kind not in ("default", "linear", "dynamic", "yarn", "llama3", "longrope"):
+        raise UnsupportedModelError(
+            f"config.json: rope type {kind!r}; expected default, linear, dynamic, yarn, llama3 or longrope"
+        )
+    length = config.get("max_position_embeddings", 2048)
+    original = config.get("original_max_position_embeddings", values.get("original_max_position_embeddings", length))
+    partial = values.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)
+    scaled = kind in ("yarn", "llama3", "longrope")
+    numbers = ("low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim")
+    return RopeSpec(
+        theta=float(values.get("rope_theta", config.get("rope_theta") or theta)),
+        rotary_dim=0 if partial == 1.0 else int(head_dim * partial),
+        kind=kind,
+        factor=float(values.get("factor", length / original if scaled else 1.0)),
+        original_max_position_embeddings=original if scaled else 0,
+        truncate=values.get("truncate", True),
+        attention_factor=values.get("attention_factor"),
+        short_factor=tuple(values.get("short_factor", ())),
+        long_factor=tuple(values.get("long_factor", ())),
+        **{key: float(values[key]) for key in numbers if key in values},
+    )
 
 
 def requirements(

@@ -1,0 +1,66 @@
+"""Attention blocks: projections, rotary embedding, cache, the attention op."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from engines.batch import Batch
+from engines.layers.linear import Format, Linear
+from engines.layers.norm import RMSNorm
+from engines.layers.rotary import Rotation
+from engines.models.spec import DecoderSpec, EncoderSpec
+from engines.ops import OpSet
+from engines.ops.kv_cache import KVCache
+from engines.weights import LinearSource, Weights
+
+
+class Attention:
+    """Causal self-attention with grouped KV heads over the paged cache."""
+
+    def __init__(self, name: str, layer: int, spec: DecoderSpec, weights: Weights, fmt: Format, ops: OpSet) -> None:
+        self.ops = ops
+        self.head_dim = spec.head_dim
+        self.num_heads, self.num_kv_heads = spec.num_attention_heads, spec.num_key_value_heads
+        self.softmax_scale = spec.head_dim**-0.5 if spec.softmax_scale is None else spec.softmax_scale
+        self.window = spec.window(layer)
+        self.softcap = spec.attn_softcap
+        sizes = tuple(n * spec.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads))
+        names = (f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj")
+        qkv = LinearSource(names, spec.hidden_size, sizes, spec.qkv_bias, groups=spec.num_key_value_heads)
+        self.sizes = list(sizes)
+        self.qkv_proj = Linear(qkv, weights, fmt, ops)
+        out = LinearSource((f"{name}.o_proj",), sizes[0], (spec.hidden_size,), spec.o_bias)
+        self.o_proj = Linear(out, weights, fmt, ops)
+        self.norms = [
+            RMSNorm(f"{name}.{which}", spec.head_dim, spec.rms_norm_eps, spec.norm_weight_offset, weights, ops)
+            for which in (("q_norm", "k_norm") if spec.qk_norm else ())
+        ]
+
+    def forward(self, x: Tensor, batch: Batch, cache: KVCache, rotation: Rotation) -> Tensor:
+        """x: [num_tokens, hidden_size]; returns the same shape. Modifies cache."""
+        heads = [part.unflatten(1, (-1, self.head_dim)) for part in self.qkv_proj.forward(x).split(self.sizes, dim=1)]
+        q, k, v = heads
+        if self.norms:
+            q, k = (norm.forward(part) for norm, part in zip(self.norms, (q, k), strict=True))
+        self.ops.rope(q, k, rotation.positions, rotation.cos_sin)
+        assert batch.slot_mapping is not None
+        self.ops.write_kv(k, v, cache, batch.slot_mapping)
+        out = self.ops.paged_attention(q, cache, batch, self.softmax_scale, self.window, self.softcap)
+        return self.o_proj.forward(out.flatten(1))
+
+
+class EncoderAttention:
+    """Bidirectional self-attention within each sequence."""
+
+    def __init__(self, name: str, spec: EncoderSpec, weights: Weights, fmt: Format, ops: OpSet) -> None:
+        self.ops = ops
+        self.head_dim = spec.head_dim
+        size = spec.hidden_size
+        names = (f"{name}.self.query", f"{name}.self.key", f"{name}.self.value")
+        self.qkv = Linear(LinearSource(names, size, (size, size, size), bias=True), weights, fmt, ops)
+        self.output = Linear(LinearSource((f"{name}.output.dense",), size, (size,), bias=True), weights, fmt, ops)
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in self.qkv.forward(x).chunk(3, dim=1))
+        out = self.ops.encoder_attention(q, k, v, batch, self.head_dim**-0.5)
+        return self.output.forward(out.flatten(1))

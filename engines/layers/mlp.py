@@ -1,0 +1,40 @@
+"""Feed-forward blocks: gated for decoders, plain for encoders."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from engines.layers.linear import Format, Linear
+from engines.models.spec import DecoderSpec, EncoderSpec
+from engines.ops import OpSet
+from engines.weights import LinearSource, Weights
+
+
+class GatedMLP:
+    """down_proj(act(gate_proj(x)) * up_proj(x)), with gate and up as one product (arXiv 2002.05202)."""
+
+    def __init__(self, name: str, spec: DecoderSpec, weights: Weights, fmt: Format, ops: OpSet) -> None:
+        self.ops = ops
+        self.act = spec.hidden_act
+        inner, outer, bias = spec.intermediate_size, spec.hidden_size, spec.mlp_bias
+        gate_up = LinearSource((f"{name}.gate_proj", f"{name}.up_proj"), outer, (inner, inner), bias)
+        self.gate_up_proj = Linear(gate_up, weights, fmt, ops)
+        self.down_proj = Linear(LinearSource((f"{name}.down_proj",), inner, (outer,), bias), weights, fmt, ops)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj.forward(self.ops.act_and_mul(self.gate_up_proj.forward(x), self.act))
+
+
+class MLP:
+    """output(act(intermediate(x)))."""
+
+    def __init__(self, name: str, spec: EncoderSpec, weights: Weights, fmt: Format, ops: OpSet) -> None:
+        self.ops = ops
+        self.act = spec.hidden_act
+        inner, outer = spec.intermediate_size, spec.hidden_size
+        up = LinearSource((f"{name}.intermediate.dense",), outer, (inner,), bias=True)
+        self.intermediate = Linear(up, weights, fmt, ops)
+        self.output = Linear(LinearSource((f"{name}.output.dense",), inner, (outer,), bias=True), weights, fmt, ops)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output.forward(self.ops.act(self.intermediate.forward(x), self.act))

@@ -1,0 +1,38 @@
+"""Norms with their weights."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from engines.ops import OpSet
+from engines.weights import Weights
+
+
+class RMSNorm:
+    """Root-mean-square norm over the last dimension, alone or after the residual's sum."""
+
+    def __init__(self, name: str, size: int, eps: float, offset: float, weights: Weights, ops: OpSet) -> None:
+        self.ops = ops
+        self.eps = eps
+        self.offset = offset
+        self.weight = weights.take(f"{name}.weight", size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.rms_norm(x, self.weight, self.eps, self.offset)
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """(norm of the sum, the sum). Neither argument may be used afterwards."""
+        return self.ops.add_rms_norm(x, residual, self.weight, self.eps, self.offset)
+
+
+class LayerNorm:
+    """Layer norm over the last dimension."""
+
+    def __init__(self, name: str, size: int, eps: float, weights: Weights, ops: OpSet) -> None:
+        self.ops = ops
+        self.eps = eps
+        self.weight = weights.take(f"{name}.weight", size)
+        self.bias = weights.take(f"{name}.bias", size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.layer_norm(x, self.weight, self.bias, self.eps)

@@ -1,0 +1,133 @@
+"""The one decoder: token embedding, layers of attention and MLP around a residual, norm, head. Built from a spec."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from engines.batch import Batch
+from engines.layers.attention import Attention
+from engines.layers.embedding import TokenEmbedding, make_head
+from engines.layers.linear import Format, Linear
+from engines.layers.mlp import GatedMLP
+from engines.layers.norm import RMSNorm
+from engines.layers.rotary import RotaryEmbedding, Rotation
+from engines.models.spec import DecoderSpec, RopeSpec
+from engines.ops import OpSet
+from engines.ops.kv_cache import KVCache
+from engines.weights import LinearSource, Weights
+
+Head = Literal["logits", "labels", "none"]
+
+
+class DecoderLayer:
+    """Attention and MLP, each between a norm before and, with sandwich norms, one after."""
+
+    def __init__(self, layer: int, spec: DecoderSpec, weights: Weights, fmt: Format, ops: OpSet) -> None:
+        name = f"layers.{layer}"
+        self.attention = Attention(f"{name}.self_attn", layer, spec, weights, fmt, ops)
+        self.mlp = GatedMLP(f"{name}.mlp", spec, weights, fmt, ops)
+
+        def norm(which: str) -> RMSNorm:
+            return make_norm(f"{name}.{which}", spec, weights, ops)
+
+        self.before_attention = norm("input_layernorm")
+        if spec.sandwich_norm:
+            self.after_attention: RMSNorm | None = norm("post_attention_layernorm")
+            self.before_mlp = norm("pre_feedforward_layernorm")
+            self.after_mlp: RMSNorm | None = norm("post_feedforward_layernorm")
+        else:
+            self.after_attention = self.after_mlp = None
+            self.before_mlp = norm("post_attention_layernorm")
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        batch: Batch,
+        cache: KVCache,
+        rotation: Rotation,
+        kept: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """(what this layer adds, the residual it is to be added to), for the tokens in `kept` or for all.
+
+        x, residual: the same two of the layer before, or the embeddings and None. Both may be overwritten.
+        """
+        if residual is None:
+            x, residual = self.before_attention.forward(x), x
+        else:
+            x, residual = self.before_attention.add(x, residual)
+        x = self.attention.forward(x, batch, cache, rotation)
+        if kept is not None:
+            x, residual = x[kept], residual[kept]
+        if self.after_attention is not None:
+            x = self.after_attention.forward(x)
+        x, residual = self.before_mlp.add(x, residual)
+        x = self.mlp.forward(x)
+        if self.after_mlp is not None:
+            x = self.after_mlp.forward(x)
+        return x, residual
+
+
+class Decoder:
+    """A causal model with a paged cache. Satisfies engines.models.base.Model."""
+
+    paged = True
+
+    def __init__(
+        self, spec: DecoderSpec, head: Head, max_model_len: int, weights: Weights, fmt: Format, ops: OpSet
+    ) -> None:
+        self.spec = spec
+        self.ops = ops
+        self.vocab_size, self.hidden_size = spec.vocab_size, spec.hidden_size
+        self.max_model_len = max_model_len
+        self.num_cache_layers = spec.num_hidden_layers
+        self.num_kv_heads, self.head_dim = spec.num_key_value_heads, spec.head_dim
+        self.rope = self._rotary(spec.rope, weights)
+        self.rope_local = self._rotary(spec.rope_local, weights) if spec.rope_local else self.rope
+        self.embed_tokens = TokenEmbedding(spec, weights, ops)
+        self.layers = [DecoderLayer(i, spec, weights, fmt, ops) for i in range(spec.num_hidden_layers)]
+        self.norm = make_norm("norm", spec, weights, ops)
+        self.head = make_head(spec, self.embed_tokens.weight, weights, fmt, ops) if head == "logits" else None
+        self.score = None
+        if head == "labels":
+            self.score = Linear(LinearSource(("score",), spec.hidden_size, (spec.num_labels,)), weights, fmt, ops)
+
+    def forward(self, batch: Batch, caches: list[KVCache]) -> Tensor:
+        x, residual = self.embed_tokens.forward(batch.token_ids), None
+        rotation = self.rope.rotation(batch)
+        local = rotation if self.rope_local is self.rope else self.rope_local.rotation(batch)
+        for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
+            here = local if self.spec.window(i) else rotation
+            kept = batch.output_indices if i == len(self.layers) - 1 else None
+            x, residual = layer.forward(x, residual, batch, cache, here, kept)
+        assert residual is not None
+        return self.norm.add(x, residual)[0]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        assert self.head is not None, "built without a language-model head"
+        logits = self.head.forward(hidden)
+        if self.spec.logit_softcap:
+            logits = self.ops.softcap(logits, self.spec.logit_softcap)
+        return logits.float()
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        assert self.score is not None, "built without a classification head"
+        return self.score.forward(hidden).float()
+
+    def context_key(self, num_prompt_tokens: int, num_tokens: int) -> int:
+        key = self.rope.context_key(num_prompt_tokens, num_tokens)
+        return key or self.rope_local.context_key(num_prompt_tokens, num_tokens)
+
+    def release(self, seq_id: int) -> None:
+        """Nothing: all state is in the caches."""
+
+    def _rotary(self, spec: RopeSpec, weights: Weights) -> RotaryEmbedding:
+        own = self.spec.max_position_embeddings
+        return RotaryEmbedding(spec, self.head_dim, own, self.max_model_len, weights.dtype, weights.device)
+
+
+def make_norm(name: str, spec: DecoderSpec, weights: Weights, ops: OpSet) -> RMSNorm:
+    return RMSNorm(name, spec.hidden_size, spec.rms_norm_eps, spec.norm_weight_offset, weights, ops)

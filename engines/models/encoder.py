@@ -1,0 +1,84 @@
+"""The one encoder: embeddings, post-norm layers of bidirectional attention and MLP, classification heads."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engines.batch import Batch
+from engines.layers.attention import EncoderAttention
+from engines.layers.embedding import EncoderEmbedding
+from engines.layers.linear import Format, Linear
+from engines.layers.mlp import MLP
+from engines.layers.norm import LayerNorm
+from engines.models.spec import EncoderSpec
+from engines.ops import OpSet
+from engines.ops.kv_cache import KVCache
+from engines.weights import LinearSource, Weights
+
+HEADS: dict[str, tuple[str, str]] = {
+    "bert": ("pooler.dense", "classifier"),
+    "roberta": ("classifier.dense", "classifier.out_proj"),
+}
+"""By EncoderSpec.head: the dense layer on the first token's hidden state (tanh follows), and the projection to labels."""
+
+
+class EncoderLayer:
+    """Attention and MLP, each followed by the norm of its sum with its input."""
+
+    def __init__(self, layer: int, spec: EncoderSpec, weights: Weights, fmt: Format, ops: OpSet) -> None:
+        name, size, eps = f"encoder.layer.{layer}", spec.hidden_size, spec.layer_norm_eps
+        self.attention = EncoderAttention(f"{name}.attention", spec, weights, fmt, ops)
+        self.after_attention = LayerNorm(f"{name}.attention.output.LayerNorm", size, eps, weights, ops)
+        self.mlp = MLP(name, spec, weights, fmt, ops)
+        self.after_mlp = LayerNorm(f"{name}.output.LayerNorm", size, eps, weights, ops)
+
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
+        x = self.after_attention.forward(self.attention.forward(x, batch) + x)
+        return self.after_mlp.forward(self.mlp.forward(x) + x)
+
+
+class Encoder:
+    """A bidirectional model without a cache. Satisfies engines.models.base.Model."""
+
+    paged = True
+    num_cache_layers = 0
+
+    def __init__(
+        self, spec: EncoderSpec, classifies: bool, max_model_len: int, weights: Weights, fmt: Format, ops: OpSet
+    ) -> None:
+        self.spec = spec
+        self.vocab_size, self.hidden_size = spec.vocab_size, spec.hidden_size
+        self.max_model_len = max_model_len
+        self.num_kv_heads, self.head_dim = spec.num_attention_heads, spec.head_dim
+        self.embeddings = EncoderEmbedding(spec, weights, ops)
+        self.layers = [EncoderLayer(i, spec, weights, fmt, ops) for i in range(spec.num_hidden_layers)]
+        self.head: tuple[Linear, Linear] | None = None
+        if classifies:
+            dense, labels = HEADS[spec.head]
+            self.head = (
+                Linear(LinearSource((dense,), spec.hidden_size, (spec.hidden_size,), bias=True), weights, fmt, ops),
+                Linear(LinearSource((labels,), spec.hidden_size, (spec.num_labels,), bias=True), weights, fmt, ops),
+            )
+
+    def forward(self, batch: Batch, caches: list[KVCache]) -> Tensor:
+        """caches: not used, may be empty."""
+        x = self.embeddings.forward(batch)
+        for layer in self.layers:
+            x = layer.forward(x, batch)
+        return x if batch.output_indices is None else x[batch.output_indices]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        raise NotImplementedError("encoders have no language-model head here")
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        """hidden: [n, hidden_size], the last hidden state of each sequence's first token."""
+        assert self.head is not None, "built without a classification head"
+        dense, labels = self.head
+        return labels.forward(torch.tanh(dense.forward(hidden))).float()
+
+    def context_key(self, num_prompt_tokens: int, num_tokens: int) -> int:
+        return 0
+
+    def release(self, seq_id: int) -> None:
+        """Nothing: no state is kept."""

@@ -1,0 +1,91 @@
+"""From engine settings to a loaded model: which family, which format, which head."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+
+from engines import discover
+from engines.api import EngineSettings, UnsupportedModelError
+from engines.checkpoint import Checkpoint, open_checkpoint
+from engines.models.base import Model
+from engines.models.decoder import Decoder, Head
+from engines.models.encoder import Encoder
+from engines.models.spec import DecoderSpec, EncoderSpec, ModelSpec
+from engines.ops import OpSet
+from engines.weights import DTYPES, Weights, build
+
+HEADS = (r"lm_head\..*", r"score\..*", r"output\..*", r"classifier\..*", r"(.*\.)?pooler\..*", r"cls\..*")
+"""Tensors of heads, ignored where the job needs hidden states only."""
+
+
+def load_model(settings: EngineSettings, ops: OpSet) -> Model:
+    """The model of settings.model_path, on settings.device in settings.dtype.
+
+    Raises CheckpointError for tensors that do not fit config.json, UnsupportedModelError for a sound checkpoint that
+    cannot be run here.
+    """
+    checkpoint = open_checkpoint(settings.model_path)
+    fmt = weight_format(checkpoint)
+    if settings.implementation == "transformers":
+        from engines.models.transformers_model import load_transformers_model
+
+        return load_transformers_model(settings, checkpoint, ops)
+    family = discover.family(checkpoint.architecture)
+    if family is None:
+        raise UnsupportedModelError(
+            f"{checkpoint.path}: architecture {checkpoint.architecture} has no native family; "
+            f"expected one of {', '.join(native_architectures())}; use implementation transformers for causal models"
+        )
+    spec: ModelSpec = family.spec(checkpoint.config)
+    _check_task(settings, spec, checkpoint)
+    length = settings.config.max_model_len or spec.max_position_embeddings
+    weights = Weights(checkpoint, family.CHECKPOINT, DTYPES[settings.dtype], torch.device(settings.device))
+
+    def make(source: Weights) -> Model:
+        # Packing for an op set needs data: on the meta device the reference forms stand in.
+        here = OpSet() if source.device.type == "meta" else ops
+        if isinstance(spec, EncoderSpec):
+            return Encoder(spec, settings.kind == "classify", length, source, fmt, here)
+        head: Head = {"embed": "none", "classify": "labels"}.get(settings.kind, "logits")
+        return Decoder(spec, head, length, source, fmt, here)
+
+    return build(make, weights, ignored=HEADS if settings.kind == "embed" else ())
+
+
+def weight_format(checkpoint: Checkpoint) -> ModuleType:
+    """The module of engines/formats that reads this checkpoint's weights.
+
+    Raises UnsupportedModelError for a quantization that none of them knows.
+    """
+    formats = discover.modules("engines.formats")
+    for module in formats.values():
+        if module.detect(checkpoint.quantization):
+            return module
+    assert checkpoint.quantization is not None
+    method = checkpoint.quantization.get("quant_method") or checkpoint.quantization.get("format") or "unnamed"
+    raise UnsupportedModelError(
+        f"{checkpoint.path}: weights are quantized ({method}); expected one of {', '.join(formats)}; "
+        "use the unquantized checkpoint"
+    )
+
+
+def native_architectures() -> list[str]:
+    return sorted(name for module in discover.families().values() for name in module.ARCHITECTURES)
+
+
+def _check_task(settings: EngineSettings, spec: ModelSpec, checkpoint: Checkpoint) -> None:
+    """Raises UnsupportedModelError when the checkpoint has not the head that the task needs."""
+    if settings.kind == "embed":
+        return
+    if settings.kind == "classify":
+        sound, expected = spec.num_labels > 0, "a ...ForSequenceClassification checkpoint"
+    else:
+        sound = isinstance(spec, DecoderSpec) and not spec.num_labels and not checkpoint.architecture.endswith("Model")
+        expected = "a ...ForCausalLM checkpoint"
+    if not sound:
+        raise UnsupportedModelError(
+            f"{checkpoint.path}: {checkpoint.architecture} cannot {settings.kind}; expected {expected}; "
+            "choose another model or another task"
+        )
