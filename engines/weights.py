@@ -66,7 +66,13 @@ class Weights:
     def stored_name(self, name: str) -> str:
         """The checkpoint's name of a tensor that a model asks for."""
         prefix = "" if name.split(".", 1)[0] in self.heads else self.prefix
-        return prefix + self._renamed(name)
+        stored = prefix + self._renamed(name)
+        if stored not in self.checkpoint.tensors:
+            for asked, older in self.layout.aliases:
+                alias = stored.removesuffix(asked) + older
+                if stored.endswith(asked) and alias in self.checkpoint.tensors:
+                    return alias
+        return stored
 
     def take(self, name: str, *shape: int) -> Tensor:
         """A new tensor of that shape, in the compute dtype, on the device."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
 from engines.batch import Batch
@@ -14,7 +13,7 @@ from engines.layers.linear import Format, Linear
 from engines.layers.mlp import GatedMLP
 from engines.layers.norm import RMSNorm
 from engines.layers.rotary import RotaryEmbedding, Rotation
-from engines.models.spec import DecoderSpec, RopeSpec
+from engines.models.spec import DecoderSpec, ModelSpec, RopeSpec
 from engines.ops import OpSet
 from engines.ops.kv_cache import KVCache
 from engines.weights import LinearSource, Weights
@@ -79,14 +78,21 @@ class Decoder:
     def __init__(
         self, spec: DecoderSpec, head: Head, max_model_len: int, weights: Weights, fmt: Format, ops: OpSet
     ) -> None:
-        self.spec = spec
+        self.spec: ModelSpec | None = spec
         self.ops = ops
         self.vocab_size, self.hidden_size = spec.vocab_size, spec.hidden_size
         self.max_model_len = max_model_len
         self.num_cache_layers = spec.num_hidden_layers
         self.num_kv_heads, self.head_dim = spec.num_key_value_heads, spec.head_dim
-        self.rope = self._rotary(spec.rope, weights)
-        self.rope_local = self._rotary(spec.rope_local, weights) if spec.rope_local else self.rope
+        self.logit_softcap = spec.logit_softcap
+
+        def rotary(rope: RopeSpec) -> RotaryEmbedding:
+            own = spec.max_position_embeddings
+            return RotaryEmbedding(rope, spec.head_dim, own, max_model_len, weights.dtype, weights.device)
+
+        self.rope = rotary(spec.rope)
+        self.rope_local = rotary(spec.rope_local) if spec.rope_local else self.rope
+        self.local = [bool(spec.window(i)) for i in range(spec.num_hidden_layers)]
         self.embed_tokens = TokenEmbedding(spec, weights, ops)
         self.layers = [DecoderLayer(i, spec, weights, fmt, ops) for i in range(spec.num_hidden_layers)]
         self.norm = make_norm("norm", spec, weights, ops)
@@ -100,7 +106,7 @@ class Decoder:
         rotation = self.rope.rotation(batch)
         local = rotation if self.rope_local is self.rope else self.rope_local.rotation(batch)
         for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
-            here = local if self.spec.window(i) else rotation
+            here = local if self.local[i] else rotation
             kept = batch.output_indices if i == len(self.layers) - 1 else None
             x, residual = layer.forward(x, residual, batch, cache, here, kept)
         assert residual is not None
@@ -109,8 +115,8 @@ class Decoder:
     def logits(self, hidden: Tensor) -> Tensor:
         assert self.head is not None, "built without a language-model head"
         logits = self.head.forward(hidden)
-        if self.spec.logit_softcap:
-            logits = self.ops.softcap(logits, self.spec.logit_softcap)
+        if self.logit_softcap:
+            logits = self.ops.softcap(logits, self.logit_softcap)
         return logits.float()
 
     def classify(self, hidden: Tensor) -> Tensor:
@@ -123,10 +129,6 @@ class Decoder:
 
     def release(self, seq_id: int) -> None:
         """Nothing: all state is in the caches."""
-
-    def _rotary(self, spec: RopeSpec, weights: Weights) -> RotaryEmbedding:
-        own = self.spec.max_position_embeddings
-        return RotaryEmbedding(spec, self.head_dim, own, self.max_model_len, weights.dtype, weights.device)
 
 
 def make_norm(name: str, spec: DecoderSpec, weights: Weights, ops: OpSet) -> RMSNorm:

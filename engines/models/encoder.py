@@ -11,7 +11,7 @@ from engines.layers.embedding import EncoderEmbedding
 from engines.layers.linear import Format, Linear
 from engines.layers.mlp import MLP
 from engines.layers.norm import LayerNorm
-from engines.models.spec import EncoderSpec
+from engines.models.spec import EncoderSpec, ModelSpec
 from engines.ops import OpSet
 from engines.ops.kv_cache import KVCache
 from engines.weights import LinearSource, Weights
@@ -20,7 +20,7 @@ HEADS: dict[str, tuple[str, str]] = {
     "bert": ("pooler.dense", "classifier"),
     "roberta": ("classifier.dense", "classifier.out_proj"),
 }
-"""By EncoderSpec.head: the dense layer on the first token's hidden state (tanh follows), and the projection to labels."""
+"""By EncoderSpec.head: the dense layer on the first token's hidden state (tanh follows), the projection to labels."""
 
 
 class EncoderLayer:
@@ -47,7 +47,7 @@ class Encoder:
     def __init__(
         self, spec: EncoderSpec, classifies: bool, max_model_len: int, weights: Weights, fmt: Format, ops: OpSet
     ) -> None:
-        self.spec = spec
+        self.spec: ModelSpec | None = spec
         self.vocab_size, self.hidden_size = spec.vocab_size, spec.hidden_size
         self.max_model_len = max_model_len
         self.num_kv_heads, self.head_dim = spec.num_attention_heads, spec.head_dim

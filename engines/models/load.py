@@ -7,7 +7,7 @@ from types import ModuleType
 import torch
 
 from engines import discover
-from engines.api import EngineSettings, UnsupportedModelError
+from engines.api import EngineSettings, Kind, UnsupportedModelError
 from engines.checkpoint import Checkpoint, open_checkpoint
 from engines.models.base import Model
 from engines.models.decoder import Decoder, Head
@@ -16,6 +16,7 @@ from engines.models.spec import DecoderSpec, EncoderSpec, ModelSpec
 from engines.ops import OpSet
 from engines.weights import DTYPES, Weights, build
 
+HEAD_OF_KIND: dict[Kind, Head] = {"generate": "logits", "score": "logits", "classify": "labels", "embed": "none"}
 HEADS = (r"lm_head\..*", r"score\..*", r"output\..*", r"classifier\..*", r"(.*\.)?pooler\..*", r"cls\..*")
 """Tensors of heads, ignored where the job needs hidden states only."""
 
@@ -41,15 +42,16 @@ def load_model(settings: EngineSettings, ops: OpSet) -> Model:
     spec: ModelSpec = family.spec(checkpoint.config)
     _check_task(settings, spec, checkpoint)
     length = settings.config.max_model_len or spec.max_position_embeddings
-    weights = Weights(checkpoint, family.CHECKPOINT, DTYPES[settings.dtype], torch.device(settings.device))
+    dtype, device = DTYPES[settings.dtype], torch.device(settings.device)
+    anchor = "embed_tokens.weight" if isinstance(spec, DecoderSpec) else "embeddings.word_embeddings.weight"
+    weights = Weights(checkpoint, family.CHECKPOINT, dtype, device, anchor)
 
     def make(source: Weights) -> Model:
         # Packing for an op set needs data: on the meta device the reference forms stand in.
         here = OpSet() if source.device.type == "meta" else ops
         if isinstance(spec, EncoderSpec):
             return Encoder(spec, settings.kind == "classify", length, source, fmt, here)
-        head: Head = {"embed": "none", "classify": "labels"}.get(settings.kind, "logits")
-        return Decoder(spec, head, length, source, fmt, here)
+        return Decoder(spec, HEAD_OF_KIND[settings.kind], length, source, fmt, here)
 
     return build(make, weights, ignored=HEADS if settings.kind == "embed" else ())
 

@@ -123,13 +123,15 @@ class PackedModules:
 
 @dataclass(frozen=True)
 class CheckpointLayout:
-    """Where a family's checkpoints keep what a model asks for. Models ask by the names of Llama's and BERT's modules."""
+    """Where a family's checkpoints keep what a model asks for: by the names that Llama's and BERT's modules have."""
 
     prefixes: tuple[str, ...] = ("model.", "")
     """Text before all names but the heads'; the first that fits the checkpoint's embedding table is taken."""
     renames: tuple[tuple[str, str], ...] = ()
     """(asked, stored): dotted parts of a name and what stands for them in the checkpoint."""
     packed: tuple[PackedModules, ...] = ()
+    aliases: tuple[tuple[str, str], ...] = ()
+    """(ending asked, ending stored): tried for names that the checkpoint lacks, as old files have LayerNorm.gamma."""
     ignored: tuple[str, ...] = (r".*rotary_emb\.inv_freq",)
     """Regular expressions, matched whole, of tensors that no result depends on."""
 
@@ -160,6 +162,39 @@ def decoder_spec(config: Mapping[str, Any], **differences: Any) -> DecoderSpec:
         "num_labels": num_labels(config),
     }
     return DecoderSpec(**{**fields, **differences})
+
+
+def encoder_spec(config: Mapping[str, Any], head: Literal["bert", "roberta"], position_offset: int = 0) -> EncoderSpec:
+    """The spec of a BERT-shaped config.json.
+
+    Raises CheckpointError for a config without its sizes, UnsupportedModelError for what the encoder cannot run.
+    """
+    if config.get("is_decoder") or config.get("add_cross_attention"):
+        raise UnsupportedModelError("config.json: is_decoder is set; expected a bidirectional encoder")
+    if config.get("position_embedding_type", "absolute") != "absolute":
+        found = config["position_embedding_type"]
+        raise UnsupportedModelError(f"config.json: position_embedding_type {found!r}; expected 'absolute'")
+    return EncoderSpec(
+        vocab_size=size(config, "vocab_size"),
+        hidden_size=size(config, "hidden_size"),
+        intermediate_size=size(config, "intermediate_size"),
+        num_hidden_layers=size(config, "num_hidden_layers"),
+        num_attention_heads=size(config, "num_attention_heads"),
+        max_position_embeddings=size(config, "max_position_embeddings") - position_offset,
+        type_vocab_size=config.get("type_vocab_size", 2),
+        layer_norm_eps=config.get("layer_norm_eps", 1e-12),
+        hidden_act=activation(config.get("hidden_act", "gelu")),
+        position_offset=position_offset,
+        num_labels=num_labels(config),
+        head=head if num_labels(config) else "none",
+    )
+
+
+def causal_only(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same config. Raises UnsupportedModelError where it asks a decoder to look ahead."""
+    if config.get("use_bidirectional_attention"):
+        raise UnsupportedModelError("config.json: use_bidirectional_attention is set; expected a causal model")
+    return config
 
 
 def size(config: Mapping[str, Any], key: str) -> int:
