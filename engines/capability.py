@@ -20,6 +20,8 @@ class Allowed:
     le: int | None = None
     multiple_of: int = 1
     anything: bool = False
+    text: str = ""
+    """How to say it in a sentence; empty: made from the other fields."""
 
     def accepts(self, value: Value) -> bool:
         if self.anything or value in self.values:
@@ -30,6 +32,8 @@ class Allowed:
         return low <= value <= high and value % self.multiple_of == 0
 
     def __str__(self) -> str:
+        if self.text:
+            return self.text
         if self.anything:
             return "anything"
         if self.ge is None and self.le is None:
@@ -43,6 +47,8 @@ class Allowed:
 
 ANYTHING = Allowed(anything=True)
 YES = Allowed(values=(True, False))
+DENSE_ONLY = Allowed(text="unquantized weights only")
+"""For the attribute `quantization` of engines that have no quantized format."""
 
 
 def one_of(*values: Value) -> Allowed:
@@ -104,6 +110,8 @@ def _not_offered(requirement: Requirement, offer: Offer) -> list[str]:
             missed.append(f"{op} {attribute}={_spell(value)}: {offer.engine} does not offer it")
         elif not allowed.accepts(value):
             missed.append(f"{op} {attribute}={_spell(value)}: {offer.engine} offers {allowed}")
+            if attribute == "quantization":
+                break  # what follows are details of a format that is not offered at all
     return missed
 
 

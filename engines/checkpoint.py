@@ -47,6 +47,17 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class SentenceConfig:
+    """What a checkpoint's sentence-transformers files say about turning hidden states into one vector."""
+
+    pooling: str
+    """cls, mean, max or last."""
+    normalize: bool
+    max_seq_length: int | None
+    """Longer inputs are cut to this many tokens."""
+
+
+@dataclass(frozen=True)
 class Checkpoint:
     """A model folder that can be opened: its files are there, of the right sizes, and inside the folder."""
 
@@ -58,6 +69,8 @@ class Checkpoint:
     generation_config: dict[str, Any]
     """generation_config.json; empty when there is none."""
     tensors: dict[str, TensorInfo]
+    sentence: SentenceConfig | None = None
+    """None when the folder has no modules.json."""
 
     @property
     def dtype(self) -> str:
@@ -111,8 +124,8 @@ class Checkpoint:
         return state.hexdigest()
 
 
-def open_checkpoint(path: str) -> Checkpoint:
-    """The checkpoint in a local folder.
+def open_checkpoint(path: str, weights: bool = True) -> Checkpoint:
+    """The checkpoint in a local folder. weights=False: without looking at weight files, which may be absent.
 
     Raises CheckpointError for a folder that is missing or incomplete, a file that is damaged, lies about its sizes or
     points outside the folder, and for weights that are pickles.
@@ -130,7 +143,9 @@ def open_checkpoint(path: str) -> Checkpoint:
             "save_pretrained writes it; point at the folder that has config.json"
         )
     generation_config = _read_json(folder, "generation_config.json") or {}
-    return Checkpoint(str(folder), config, _architecture(folder, config), generation_config, _tensors(folder))
+    tensors = _tensors(folder) if weights else {}
+    architecture = _architecture(folder, config)
+    return Checkpoint(str(folder), config, architecture, generation_config, tensors, _sentence_config(folder))
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -159,6 +174,25 @@ def inside(folder: Path, name: str) -> Path:
 
 def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
     """A JSON object, or None when there is no such file."""
+    value = _parse(folder, name)
+    if value is not None and not isinstance(value, dict):
+        raise CheckpointError(
+            f"{folder / name}: holds a {type(value).__name__}; expected a JSON object; download the file again"
+        )
+    return value
+
+
+def _read_json_list(folder: Path, name: str) -> list[Any] | None:
+    value = _parse(folder, name)
+    if value is not None and not isinstance(value, list):
+        raise CheckpointError(
+            f"{folder / name}: holds a {type(value).__name__}; expected a JSON list; download the file again"
+        )
+    return value
+
+
+def _parse(folder: Path, name: str) -> Any:
+    """The value in a JSON file, or None when there is no such file."""
     file = inside(folder, name)
     if not file.is_file():
         return None
@@ -168,16 +202,44 @@ def _read_json(folder: Path, name: str) -> dict[str, Any] | None:
             f"{folder / name}: is {size:,} bytes; expected at most {MAX_JSON_BYTES:,}; is this the right file?"
         )
     try:
-        value = json.loads(file.read_bytes())
+        return json.loads(file.read_bytes())
     except (ValueError, RecursionError) as error:
         raise CheckpointError(
             f"{folder / name}: is not valid JSON ({error}); expected an object; download the file again"
         ) from None
-    if not isinstance(value, dict):
+
+
+POOLING_MODES = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max", "lasttoken": "last"}
+
+
+def _sentence_config(folder: Path) -> SentenceConfig | None:
+    """Pooling, normalization and length as sentence-transformers reads them (modules.json and what it points at).
+
+    Raises CheckpointError for modules besides transformer, pooling and normalization: the vectors would be others.
+    """
+    modules = _read_json_list(folder, "modules.json")
+    if modules is None:
+        return None
+    kinds = {str(module.get("type", "")).rpartition(".")[2]: module for module in modules if isinstance(module, dict)}
+    others = sorted(set(kinds) - {"Transformer", "Pooling", "Normalize"})
+    if others or "Pooling" not in kinds:
         raise CheckpointError(
-            f"{folder / name}: holds a {type(value).__name__}; expected a JSON object; download the file again"
+            f"{folder / 'modules.json'}: has {', '.join(others) or 'no Pooling'}; expected Transformer, Pooling and "
+            "perhaps Normalize; other modules of sentence-transformers are not supported"
         )
-    return value
+    name = f"{kinds['Pooling'].get('path', '1_Pooling')}/config.json"
+    pooling = _read_json(folder, name) or {}
+    modes = [key.removeprefix("pooling_mode_") for key, on in pooling.items() if key.startswith("pooling_mode_") and on]
+    if isinstance(pooling.get("pooling_mode"), str):
+        modes = [pooling["pooling_mode"]]
+    named = [POOLING_MODES.get(mode, mode if mode in POOLING_MODES.values() else None) for mode in modes]
+    if len(named) != 1 or named[0] is None:
+        raise CheckpointError(
+            f"{folder / name}: pools by {', '.join(modes) or 'nothing'}; expected one of "
+            f"{', '.join(POOLING_MODES.values())}; set task.pooling only if you know that the model allows it"
+        )
+    length = (_read_json(folder, "sentence_bert_config.json") or {}).get("max_seq_length")
+    return SentenceConfig(named[0], "Normalize" in kinds, length if isinstance(length, int) else None)
 
 
 def _architecture(folder: Path, config: dict[str, Any]) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import importlib.util
 import pkgutil
 import re
+from pathlib import Path
 from types import ModuleType
 
 _DECLARES_ARCHITECTURES = re.compile(r"^ARCHITECTURES\b", re.MULTILINE)
@@ -49,6 +51,31 @@ def family(architecture: str) -> ModuleType | None:
 def backends() -> list[str]:
     """Engines that have an offers.py, by folder name; imports nothing of them but their empty packages."""
     return [name for name in names("engines") if "offers" in names(f"engines.{name}")]
+
+
+def transformers_causal_architectures() -> frozenset[str]:
+    """Causal language models that the installed transformers has code for, by class name.
+
+    Read from the source of its automatic classes: importing those loads torch, which takes more than a second.
+    Raises RuntimeError when the mapping is not where transformers 5 keeps it.
+    """
+    spec = importlib.util.find_spec("transformers")
+    if spec is None or spec.origin is None:
+        return frozenset()
+    file = Path(spec.origin).parent / "models" / "auto" / "modeling_auto.py"
+    wanted = "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            if isinstance(targets[0], ast.Name) and targets[0].id == wanted and isinstance(node.value, ast.Call):
+                return _second_items(ast.literal_eval(node.value.args[0]))
+    raise RuntimeError(
+        f"{file}: has no {wanted}; expected transformers 5; install a release that pyproject.toml allows"
+    )
+
+
+def _second_items(pairs: list[tuple[str, str | tuple[str, ...]]]) -> frozenset[str]:
+    return frozenset(name for _, value in pairs for name in (value if isinstance(value, tuple) else (value,)))
 
 
 def _source(module: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engines.api import EngineConfig
-from engines.capability import ANYTHING, YES, Allowed, Offer, one_of
+from engines.capability import ANYTHING, DENSE_ONLY, YES, Allowed, Offer, one_of
 from engines.platform import CPU_EXTENSION, Host
 
 
@@ -21,7 +21,7 @@ DTYPES = one_of("float32", "bfloat16", "float16")
 HEADS = {"dtype": DTYPES, "head_dim": ANYTHING}
 OPS: dict[str, dict[str, Allowed]] = {
     "embedding": {"dtype": DTYPES},
-    "linear": {"dtype": DTYPES},
+    "linear": {"dtype": DTYPES, "quantization": DENSE_ONLY},
     "rms_norm": {"dtype": DTYPES, "weight_offset": YES},
     "add_rms_norm": {"dtype": DTYPES, "weight_offset": YES},
     "layer_norm": {"dtype": DTYPES},
@@ -37,9 +37,8 @@ OPS: dict[str, dict[str, Allowed]] = {
     "log_softmax_gather": {},
     "top_logprobs": {},
     "parallelism": {"tp": one_of(1), "dp": one_of(1), "ep": one_of(1)},
-    "transformers_model": {"dtype": DTYPES},
+    "transformers_model": {"dtype": DTYPES, "quantization": DENSE_ONLY},
 }
-"""Weights are unquantized: `linear` lists no `quantization`."""
 
 COMPILED = frozenset({"paged_attention"})
 """Ops that are slow enough without the compiled library for the plan to say so."""
