@@ -8,7 +8,9 @@ ROW_COLUMN = "_row"
 """int64 column of every batch and every part: the row's number in its input file, from 0."""
 FILE_COLUMN = "_file"
 """string column of every part: the input file as the configuration's path leads to it."""
-RESERVED_COLUMNS = (FILE_COLUMN, ROW_COLUMN)
+ERROR_COLUMN = "_error"
+"""string column of a batch that holds unreadable rows: why a row could not be read, null for the others."""
+RESERVED_COLUMNS = (FILE_COLUMN, ROW_COLUMN, ERROR_COLUMN)
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,3 +47,7 @@ class Part:
     num_bytes: int
     checksum: str
     """xxh3-128 of the file's bytes, hexadecimal."""
+    staged: str = ""
+    """Where the file waits until it is committed, relative to the output folder; unique to this attempt."""
+    generation: int = 0
+    """How often the chunk was committed before: `retry_errors` commits the next generation in place of the last."""
