@@ -154,6 +154,8 @@ class EngineSettings:
     """Which code runs the layers: this project's decoder, or the fallback through transformers."""
     numerics: Literal["invariant", "fast"] = "invariant"
     """invariant: a request's result does not depend on what else is in the batch."""
+    trust_remote_code: bool = False
+    """Let transformers run the Python code that the checkpoint brings; for implementation transformers only."""
 
 
 class CheckpointError(ValueError):

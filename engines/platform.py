@@ -1,5 +1,7 @@
-"""The machine that a plan is for: this one, probed, or one described in YAML. torch is imported by `probe` alone, and
-only when an NVIDIA driver is there; deciding for a CPU takes a few milliseconds.
+"""The machine that a plan is for: this one, probed, or one described in YAML.
+
+torch is imported inside `probe`, and only when an NVIDIA driver is there, and inside `measure`: deciding for a CPU
+takes a few milliseconds.
 """
 
 from __future__ import annotations
@@ -8,9 +10,10 @@ import importlib.util
 import os
 import platform as python_platform
 import shutil
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
 
 GIB = 1 << 30
 CUDA_EXTENSION, CPU_EXTENSION = "cuda", "cpu"
@@ -57,45 +60,43 @@ class Host:
         return self.name != "this"
 
 
-class Described(Protocol):
-    """The keys of a described host, as the configuration has them (runner.config.HostConfig)."""
+def describe(
+    name: str,
+    device: str,
+    device_name: str = "",
+    num_devices: int = 1,
+    compute_capability: str | None = None,
+    memory_gib: float = 0.0,
+    memory_gb_s: float = 0.0,
+    tflops_16bit: float = 0.0,
+    tflops_32bit: float = 0.0,
+    cuda: str | None = None,
+    price_per_hour: float | None = None,
+) -> Host:
+    """A host as written down; the arguments are the keys of the configuration's group `host`.
 
-    name: str
-    device: str
-    device_name: str
-    num_devices: int
-    compute_capability: str | None
-    memory_gib: float
-    memory_gb_s: float
-    tflops_16bit: float
-    tflops_32bit: float
-    cuda: str | None
-    price_per_hour: float | None
-
-
-def describe(config: Described) -> Host:
-    """A host as written down. Raises ValueError, worded for a person, for a capability that is not "major.minor"."""
-    memory = round(config.memory_gib * GIB)
-    on_cpu = config.device == "cpu"
+    Raises ValueError, worded for a person, for a compute capability that is not "major.minor".
+    """
+    memory = round(memory_gib * GIB)
+    on_cpu = device == "cpu"
+    # A processor whose 16-bit rate is above its 32-bit rate has instructions for bfloat16.
+    native = {"float32", "bfloat16"} if on_cpu and tflops_16bit > tflops_32bit else {"float32"}
     return Host(
-        name=config.name,
-        device=config.device,
-        device_name=config.device_name,
-        num_devices=config.num_devices,
-        compute_capability=_capability(config.compute_capability),
+        name=name,
+        device=device,
+        device_name=device_name,
+        num_devices=num_devices,
+        compute_capability=_capability(compute_capability),
         memory_bytes=memory,
         free_bytes=memory,
-        bytes_s=config.memory_gb_s * 1e9,
-        flops_16bit=config.tflops_16bit * 1e12,
-        flops_32bit=config.tflops_32bit * 1e12,
-        cuda=config.cuda,
-        price_per_hour=config.price_per_hour,
-        cpu_name=config.device_name if on_cpu else "",
+        bytes_s=memory_gb_s * 1e9,
+        flops_16bit=tflops_16bit * 1e12,
+        flops_32bit=tflops_32bit * 1e12,
+        cuda=cuda,
+        price_per_hour=price_per_hour,
+        cpu_name=device_name if on_cpu else "",
         cpu_memory_bytes=memory if on_cpu else 0,
-        # A CPU whose 16-bit rate is above its 32-bit rate has instructions for it.
-        cpu_dtypes=frozenset({"float32", "bfloat16"} if config.tflops_16bit > config.tflops_32bit else {"float32"})
-        if on_cpu
-        else frozenset({"float32"}),
+        cpu_dtypes=frozenset(native),
         extensions=frozenset({CPU_EXTENSION, CUDA_EXTENSION}),
         triton=True,
     )
@@ -279,3 +280,28 @@ def _with_accelerator(host: Host) -> Host:
         free_bytes=free,
         cuda=torch.version.cuda,
     )
+
+
+def measure(host: Host, dtype: str) -> Host:
+    """The host with rates for this machine's CPU, measured in about half a second where they are unknown.
+
+    Loads torch. A product of two 1024 x 1024 matrices gives the operations, a sum over 64 MiB the bytes.
+    """
+    if host.described or host.device != "cpu" or host.bytes_s:
+        return host
+    import torch
+
+    a = torch.rand(1024, 1024).to(getattr(torch, dtype))
+    data = torch.rand(16 << 20)
+    flops = 2 * 1024**3 / _best_s(lambda: a @ a)
+    return replace(host, bytes_s=data.nbytes / _best_s(data.sum), flops_16bit=flops, flops_32bit=flops)
+
+
+def _best_s(call: Callable[[], object]) -> float:
+    """Shortest of a few runs."""
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - begin)
+    return min(times)

@@ -1,0 +1,69 @@
+"""What makes a job this job: everything that can change a result, and nothing else, in readable strings."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from typing import Any
+
+import xxhash
+
+from engines.api import EngineSettings
+from runner.config import JobConfig
+
+LONGEST = 120
+"""Characters; longer values stand as a digest."""
+_USER = re.compile(r"(?<=://)[^/@\s]*@")
+_QUERY = re.compile(r"(https?://[^?\s]*)\?\S*")
+
+
+def fingerprint(job: JobConfig, settings: EngineSettings, model_digest: str) -> dict[str, str]:
+    """Dotted configuration key -> value. Two jobs with equal fingerprints may share an output folder.
+
+    Not in it: what only steers the run (mode, shard, limits on time and errors, journal, host), how results are stored
+    (compression, row groups), and the engine's batching, which changes no result as long as numerics is invariant.
+    """
+    values: dict[str, Any] = {
+        "model": model_digest,
+        "model.adapters": job.model.adapters,
+        "backend": settings.backend,
+        "implementation": settings.implementation,
+        "dtype": settings.dtype,
+        "max_model_len": settings.config.max_model_len,
+        "block_size": settings.config.block_size,
+        "numerics": settings.numerics,
+        "parallelism.tp": job.parallelism.tp,
+        "pooling": settings.pooling,
+        "normalize": settings.normalize,
+        "eos_token_ids": settings.eos_token_ids,
+        "seed": job.seed,
+        "samples": job.samples,
+        "sampling_columns": job.sampling_columns,
+        "output.keep_columns": job.output.keep_columns,
+        "output.token_ids": job.output.token_ids,
+    }
+    for group in ("task", "sampling", "dataset"):
+        for name, value in _fields(getattr(job, group)).items():
+            values[f"{group}.{name}"] = value
+    values["dataset.path"] = redact(job.dataset.path)
+    return {key: spell(value) for key, value in sorted(values.items())}
+
+
+def _fields(config: Any) -> dict[str, Any]:
+    return {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+
+
+def spell(value: Any) -> str:
+    """A value as a person reads it; a long one as its beginning and a digest."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+    if len(text) <= LONGEST:
+        return text
+    return f"{text[:40]}... ({len(text)} characters, xxh3 {xxhash.xxh3_128_hexdigest(text.encode())})"
+
+
+def redact(text: str) -> str:
+    """A path or URL without user, password and signed query."""
+    return _QUERY.sub(r"\1", _USER.sub("", text))
