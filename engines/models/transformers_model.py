@@ -121,10 +121,11 @@ class PassThrough(nn.Module):
 
 
 class _Output(BaseModelOutputWithPast):
-    """With every name under which models look for their cache."""
+    """With None for whatever else a model's class hands on beside its logits (caches, router logits ...)."""
 
-    cache_params = None
-    state = None
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
 
 
 @dataclass

@@ -46,7 +46,8 @@ class Driver:
         seqs = sorted(pieces)
         new = [len(pieces[i]) for i in seqs]
         positions = [torch.arange(self.done[i], self.done[i] + len(pieces[i])) for i in seqs]
-        slots = [self.tables[i, p // BLOCK_SIZE].long() * BLOCK_SIZE + p % BLOCK_SIZE for i, p in zip(seqs, positions)]
+        blocks = [self.tables[i, p // BLOCK_SIZE].long() for i, p in zip(seqs, positions, strict=True)]
+        slots = [b * BLOCK_SIZE + p % BLOCK_SIZE for b, p in zip(blocks, positions, strict=True)]
         for i in seqs:
             self.done[i] += len(pieces[i])
         lengths = torch.tensor([self.done[i] for i in seqs], dtype=torch.int32)
