@@ -284,7 +284,7 @@ class TransformersModel:
 
 
 def load_transformers_model(settings: EngineSettings, checkpoint: Checkpoint, ops: OpSet) -> TransformersModel:
-    """The checkpoint in the causal class that transformers has for it. Code from the checkpoint is never run.
+    """The checkpoint in the causal class that transformers has for it. The checkpoint's own code runs only if trusted.
 
     Raises UnsupportedModelError when there is no such class, CheckpointError when its parameters are not those of the
     checkpoint.
@@ -301,7 +301,7 @@ def load_transformers_model(settings: EngineSettings, checkpoint: Checkpoint, op
             attn_implementation="eager",
             use_safetensors=True,
             local_files_only=True,
-            trust_remote_code=False,
+            trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
         )
     except (ValueError, KeyError, ImportError) as error:
