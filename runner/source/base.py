@@ -1,0 +1,250 @@
+"""What all file formats share: numbering of chunks, limit, filter, projection, identity of files, one schema.
+
+A format says where ranges of rows are in a file and reads one. Rows are numbered in the file as it is stored; filter
+and limit take rows away and renumber nothing. A chunk never spans two files.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from runner.chunk import ERROR_COLUMN, RESERVED_COLUMNS, ROW_COLUMN, Chunk
+from runner.config import DatasetConfig
+from runner.errors import InputError
+from runner.source.filter import Filter, parse
+from runner.source.paths import InputFile, partition_fields, partition_value
+
+
+class Range(NamedTuple):
+    """Consecutive rows of a file."""
+
+    start: int
+    num_rows: int
+    locator: int
+
+
+class FileSource(ABC):
+    """A source over files of one format. Not for use by several threads at once."""
+
+    every_row_counts = True
+    """Whether each row of a range is a row of the data set: false where a format has blank lines."""
+
+    def __init__(self, dataset: DatasetConfig, files: Sequence[InputFile]) -> None:
+        self.dataset = dataset
+        self.files = files
+        self._by_name = {file.name: file for file in files}
+        self._unchanged: set[tuple[str, str]] = set()
+        self._file_schema = _plain_schema(self.infer_schema(), files[0].name)
+        own = [field for field in self._file_schema if field.name not in RESERVED_COLUMNS]
+        names = {field.name for field in own}
+        self._partition_fields = [field for field in partition_fields(files) if field.name not in names]
+        self.schema = pa.schema([*own, *self._partition_fields])
+        self._filter: Filter | None = None if dataset.filter is None else parse(dataset.filter, self.schema)
+
+    # What a format defines.
+
+    @abstractmethod
+    def infer_schema(self) -> pa.Schema:
+        """Columns of the files, from the first of them."""
+
+    @abstractmethod
+    def ranges(self, file: InputFile) -> Iterator[Range]:
+        """The file cut into ranges of at most `chunk_rows` rows, lazily."""
+
+    @abstractmethod
+    def read_range(self, file: InputFile, chunk: Chunk, columns: list[str]) -> pa.Table:
+        """Rows of a chunk in order: these columns of the file, then ROW_COLUMN, and ERROR_COLUMN if rows are bad.
+
+        May leave out rows that cannot pass the filter. Types may differ from the schema's where they can be cast.
+        """
+
+    # What a caller uses: see runner.source.Source.
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All chunks in input order, lazily: memory does not grow with the input."""
+        index = 0
+        remaining = self.dataset.limit
+        for file in self.files:
+            if remaining == 0:
+                break
+            file_id = file.identity()
+            for start, num_rows, locator in self.ranges(file):
+                chunk = Chunk(index, file.name, file_id, start, num_rows, locator)
+                if remaining is not None:
+                    num_rows, taken = self._within(chunk, remaining)
+                    remaining -= taken
+                    chunk = Chunk(index, file.name, file_id, start, num_rows, locator)
+                yield chunk
+                index += 1
+                if remaining == 0:
+                    break
+        if index == 0:
+            yield Chunk(0, self.files[0].name, self.files[0].identity(), 0, 0, 0)
+
+    def read(self, chunk: Chunk, columns: list[str] | None) -> pa.RecordBatch:
+        """The rows of a chunk that pass the filter: see runner.source.Source."""
+        file = self._checked(chunk)
+        wanted = self.schema.names if columns is None else list(columns)
+        missing = [name for name in wanted if name not in self.schema.names]
+        if missing:
+            raise InputError(
+                f"{chunk.file}: no column {', '.join(missing)}; expected some of {', '.join(self.schema.names)}"
+            )
+        needed = list(dict.fromkeys([*wanted, *(self._filter.columns if self._filter else ())]))
+        table = self._table(file, chunk, needed)
+        if self._filter is not None:
+            keep = self._filter.expression
+            if ERROR_COLUMN in table.schema.names:
+                keep = keep | pc.field(ERROR_COLUMN).is_valid()
+            table = table.filter(keep)
+        if ERROR_COLUMN in table.schema.names and table.column(ERROR_COLUMN).null_count == table.num_rows:
+            table = table.drop_columns([ERROR_COLUMN])
+        errors = [ERROR_COLUMN] if ERROR_COLUMN in table.schema.names else []
+        return one_batch(table.select([*wanted, ROW_COLUMN, *errors]), chunk)
+
+    # Parts of the above.
+
+    def _within(self, chunk: Chunk, remaining: int) -> tuple[int, int]:
+        """Rows of the chunk's range up to the last that the limit allows, and how many of them count."""
+        if self._filter is None and self.every_row_counts:
+            num_rows = min(chunk.num_rows, remaining)
+            return num_rows, num_rows
+        rows = self.read(chunk, []).column(ROW_COLUMN).to_numpy()
+        if len(rows) < remaining:
+            return chunk.num_rows, len(rows)
+        return int(rows[remaining - 1]) + 1 - chunk.start, remaining
+
+    def _checked(self, chunk: Chunk) -> InputFile:
+        """The file of a chunk, once it is known to be the same as when the chunk was made."""
+        file = self._by_name.get(chunk.file)
+        if file is None:
+            raise InputError(f"{chunk.file}: is no longer part of the input; expected the files it had; restore it")
+        if (chunk.file, chunk.file_id) not in self._unchanged:
+            if file.identity() != chunk.file_id:
+                raise InputError(
+                    f"{chunk.file}: its content has changed; expected what chunk {chunk.index} was made from; restore "
+                    "the file, or start a new job (on_change=new or another name)"
+                )
+            self._unchanged.add((chunk.file, chunk.file_id))
+        return file
+
+    def _table(self, file: InputFile, chunk: Chunk, columns: list[str]) -> pa.Table:
+        """These columns of a chunk in the source's types, with ROW_COLUMN and perhaps ERROR_COLUMN; not filtered."""
+        partitions = {field.name: field for field in self._partition_fields}
+        stored = [name for name in columns if name not in partitions]
+        if chunk.num_rows:
+            table = self.read_range(file, chunk, stored)
+        else:
+            schema = pa.schema([*(self.schema.field(name) for name in stored), pa.field(ROW_COLUMN, pa.int64())])
+            table = schema.empty_table()
+        arrays, fields = [], []
+        for name in columns:
+            field = self.schema.field(name)
+            if name in partitions:
+                value = pa.scalar(partition_value(file, field), field.type)
+                arrays.append(pa.chunked_array([pa.repeat(value, table.num_rows)]))
+            else:
+                arrays.append(self._conform(table.column(name), field, file))
+            fields.append(field)
+        for name in (ROW_COLUMN, ERROR_COLUMN):
+            if name in table.schema.names:
+                arrays.append(table.column(name))
+                fields.append(table.schema.field(name))
+        return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+
+    def _conform(self, column: pa.ChunkedArray, field: pa.Field, file: InputFile) -> pa.ChunkedArray:
+        if column.type.equals(field.type):
+            return column
+        try:
+            return pa.chunked_array([storage_of(chunk).cast(field.type) for chunk in column.chunks], field.type)
+        except pa.ArrowException as error:
+            raise self.type_error(file, field, column.type, str(error).splitlines()[0]) from None
+
+    def type_error(self, file: InputFile, field: pa.Field, found: pa.DataType, why: str = "") -> InputError:
+        """A column that has another type in this file than in the first."""
+        return InputError(
+            f"{file.name}: column {field.name} is {found}{f' ({why})' if why else ''}; expected {field.type}, as in "
+            f"{self.files[0].name}; give all files one schema"
+        )
+
+    def check_columns(self, file: InputFile, schema: pa.Schema) -> None:
+        """Raise InputError if a file lacks a column or has one of a type that has nothing to do with the first's."""
+        missing = [name for name in self._file_schema.names if name not in schema.names]
+        if missing:
+            raise InputError(
+                f"{file.name}: no column {', '.join(missing)}; expected the columns of {self.files[0].name}; give all "
+                "files one schema, or name fewer of them in dataset.path"
+            )
+        for field in self._file_schema:
+            found = plain_type(schema.field(field.name).type)
+            try:
+                if not found.equals(field.type):
+                    pa.array([], found).cast(field.type)
+            except pa.ArrowException:
+                raise self.type_error(file, field, found) from None
+
+
+def one_batch(table: pa.Table, chunk: Chunk) -> pa.RecordBatch:
+    """A table as one record batch."""
+    if table.num_rows == 0:
+        return pa.RecordBatch.from_arrays([pa.array([], field.type) for field in table.schema], schema=table.schema)
+    batches = (
+        table if all(column.num_chunks == 1 for column in table.columns) else table.combine_chunks()
+    ).to_batches()
+    if len(batches) != 1:
+        raise InputError(
+            f"{chunk.file}: chunk {chunk.index} has over 2 GiB in a column; expected less; lower dataset.chunk_rows"
+        )
+    return batches[0]
+
+
+def row_numbers(start: int, stop: int) -> pa.Array:
+    """int64 numbers from start to stop - 1."""
+    return pa.array(np.arange(start, stop, dtype=np.int64))
+
+
+def storage_of(array: pa.Array) -> pa.Array:
+    """The array without its extension type."""
+    return array.storage if isinstance(array, pa.ExtensionArray) else array
+
+
+def _plain_schema(schema: pa.Schema, name: str) -> pa.Schema:
+    duplicates = sorted({column for column in schema.names if schema.names.count(column) > 1})
+    if duplicates:
+        raise InputError(f"{name}: columns {', '.join(duplicates)} are there twice; expected each name once")
+    return pa.schema([pa.field(field.name, plain_type(field.type)) for field in schema])
+
+
+def plain_type(data_type: pa.DataType) -> pa.DataType:
+    """The type with one spelling of strings, lists and categories, so that files of different writers agree.
+
+    Large and view variants become the ordinary ones, dictionaries their values, extension types their storage.
+    """
+    types = pa.types
+    if isinstance(data_type, pa.BaseExtensionType):
+        return plain_type(data_type.storage_type)
+    if types.is_dictionary(data_type):
+        return plain_type(data_type.value_type)
+    if types.is_run_end_encoded(data_type):
+        return plain_type(data_type.value_type)
+    if types.is_large_string(data_type) or types.is_string_view(data_type):
+        return pa.string()
+    if types.is_large_binary(data_type) or types.is_binary_view(data_type):
+        return pa.binary()
+    if types.is_fixed_size_list(data_type):
+        return pa.list_(plain_type(data_type.value_type), data_type.list_size)
+    if types.is_list(data_type) or types.is_large_list(data_type) or types.is_list_view(data_type):
+        return pa.list_(plain_type(data_type.value_type))
+    if types.is_large_list_view(data_type):
+        return pa.list_(plain_type(data_type.value_type))
+    if types.is_struct(data_type):
+        return pa.struct([pa.field(field.name, plain_type(field.type)) for field in data_type])
+    if types.is_map(data_type):
+        return pa.map_(plain_type(data_type.key_type), plain_type(data_type.item_type))
+    return data_type

@@ -1,0 +1,156 @@
+"""Parquet files. Chunks are ranges of a file's rows, whatever its row groups: small groups share a chunk, a big one
+holds many. Row groups whose statistics rule the filter out are not read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset
+import pyarrow.parquet as pq
+
+from runner.chunk import ROW_COLUMN, Chunk
+from runner.config import DatasetConfig
+from runner.errors import InputError
+from runner.source.base import FileSource, Range, row_numbers
+from runner.source.paths import InputFile, partition_value
+
+SUFFIXES = (".parquet", ".pq")
+
+
+def open(dataset: DatasetConfig, files: Sequence[InputFile]) -> ParquetSource:
+    """The rows of Parquet files."""
+    return ParquetSource(dataset, files)
+
+
+class ParquetSource(FileSource):
+    """Rows of Parquet files. Reading in order costs one pass; elsewhere a chunk costs its row group up to its end."""
+
+    def __init__(self, dataset: DatasetConfig, files: Sequence[InputFile]) -> None:
+        self._open: _OpenFile | None = None
+        super().__init__(dataset, files)
+
+    def infer_schema(self) -> pa.Schema:
+        return self._opened(self.files[0]).reader.schema_arrow
+
+    def ranges(self, file: InputFile) -> Iterator[Range]:
+        opened = _OpenFile(file)  # not the one that is being read, which may be behind
+        self.check_columns(file, opened.reader.schema_arrow)
+        group_starts = opened.group_starts
+        num_rows = int(group_starts[-1])
+        for start in range(0, num_rows, self.dataset.chunk_rows):
+            group = int(np.searchsorted(group_starts, start, side="right")) - 1
+            yield Range(start, min(self.dataset.chunk_rows, num_rows - start), group)
+
+    def read_range(self, file: InputFile, chunk: Chunk, columns: list[str]) -> pa.Table:
+        opened = self._opened(file)
+        if opened.may_pass is None:
+            opened.may_pass = self._groups_that_may_pass(file, opened)
+        try:
+            return opened.read(chunk.start, chunk.start + chunk.num_rows, columns)
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(
+                f"{file.name}: rows {chunk.start} to {chunk.start + chunk.num_rows - 1} cannot be read "
+                f"({str(error).splitlines()[0]}); expected a sound Parquet file; restore it"
+            ) from None
+
+    def _opened(self, file: InputFile) -> _OpenFile:
+        if self._open is None or self._open.name != file.name:
+            self._open = _OpenFile(file)
+        return self._open
+
+    def _groups_that_may_pass(self, file: InputFile, opened: _OpenFile) -> np.ndarray:
+        """For each row group, whether its statistics and the file's folder leave room for a row that passes."""
+        num_groups = len(opened.group_starts) - 1
+        if self._filter is None or num_groups == 0:
+            return np.ones(num_groups, dtype=bool)
+        known = pc.scalar(True)
+        for field in self._partition_fields:
+            value = partition_value(file, field)
+            column = pc.field(field.name)
+            known = known & (column.is_null() if value is None else column == pa.scalar(value, field.type))
+        with file.open() as stream:
+            fragment = pa.dataset.ParquetFileFormat().make_fragment(stream, partition_expression=known)
+            try:
+                passing = fragment.subset(self._filter.expression, schema=self.schema).row_groups
+            except pa.ArrowException:
+                # Statistics of another type than the schema's cannot be compared: then every group is read.
+                return np.ones(num_groups, dtype=bool)
+        result = np.zeros(num_groups, dtype=bool)
+        result[[group.id for group in passing]] = True
+        return result
+
+
+class _OpenFile:
+    """A file's footer, and a reader that stands at some row."""
+
+    def __init__(self, file: InputFile) -> None:
+        self.name = file.name
+        try:
+            self.reader = pq.ParquetFile(file.open())
+        except (pa.ArrowException, OSError) as error:
+            raise InputError(f"{file.name}: {str(error).splitlines()[0]}; expected a Parquet file; check it") from None
+        metadata = self.reader.metadata
+        sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
+        self.group_starts = np.cumsum([0, *sizes])
+        """Number of the first row of each row group; then the number of rows."""
+        self.may_pass: np.ndarray | None = None
+        self._columns: list[str] | None = None
+        self._pieces: Iterator[tuple[int, pa.RecordBatch]] = iter(())
+        self._next: tuple[int, pa.RecordBatch] | None = None
+        self._position = 0
+
+    def read(self, start: int, stop: int, columns: list[str]) -> pa.Table:
+        """Rows from start to stop - 1 of the row groups that may pass, with ROW_COLUMN."""
+        if not columns:
+            return self._numbers(start, stop)
+        self._seek(start, columns)
+        batches, numbers = [], []
+        while self._next is not None:
+            first, batch = self._next
+            begin, end = max(first, start), min(first + batch.num_rows, stop)
+            if begin < end:
+                batches.append(batch.slice(begin - first, end - begin))
+                numbers.append(row_numbers(begin, end))
+            if first + batch.num_rows > stop:
+                break
+            self._next = next(self._pieces, None)
+        self._position = stop
+        schema = pa.schema([self.reader.schema_arrow.field(name) for name in columns])
+        table = pa.Table.from_batches([batch.select(columns) for batch in batches], schema if not batches else None)
+        return table.append_column(ROW_COLUMN, pa.chunked_array(numbers, pa.int64()))
+
+    def _numbers(self, start: int, stop: int) -> pa.Table:
+        assert self.may_pass is not None
+        rows = np.arange(start, stop, dtype=np.int64)
+        groups = np.searchsorted(self.group_starts, rows, side="right") - 1
+        return pa.table({ROW_COLUMN: pa.array(rows[self.may_pass[groups]])})
+
+    def _seek(self, start: int, columns: list[str]) -> None:
+        """Stand so that the next piece is the first that can hold row `start`: go on if that is near, else jump."""
+        group = int(np.searchsorted(self.group_starts, start, side="right")) - 1
+        if self._columns == columns and self.group_starts[group] <= self._position <= start:
+            return
+        self._columns = columns
+        self._pieces = self._from_group(group, columns)
+        self._next = next(self._pieces, None)
+
+    def _from_group(self, group: int, columns: list[str]) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Batches with the number of their first row, of each run of neighbouring row groups that may pass."""
+        assert self.may_pass is not None
+        num_groups = len(self.may_pass)
+        while group < num_groups:
+            if not self.may_pass[group]:
+                group += 1
+                continue
+            end = group
+            while end < num_groups and self.may_pass[end]:
+                end += 1
+            first = int(self.group_starts[group])
+            groups = list(range(group, end))
+            for batch in self.reader.iter_batches(10_000, row_groups=groups, columns=columns, use_threads=False):
+                yield first, batch
+                first += batch.num_rows
+            group = end
