@@ -74,7 +74,7 @@ def head_parameters(spec: ModelSpec) -> int:
     """What comes after the layers: last norm, and the head where it is not the embedding's own table."""
     hidden = spec.hidden_size
     if isinstance(spec, EncoderSpec):
-        if spec.head == "none":
+        if not spec.num_labels:
             return 0
         return hidden * hidden + hidden + spec.num_labels * (hidden + 1)
     if spec.num_labels:
