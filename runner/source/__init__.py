@@ -20,7 +20,7 @@ from runner.config import DatasetConfig
 from runner.errors import ConfigError, InputError
 from runner.source.paths import InputFile, find_files, is_url, local_path, shown_url, suffix
 
-_SHARED = {"base", "filter", "paths"}
+_SHARED = {"base", "filter", "lines", "paths", "values"}
 _SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")
 
 
