@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 SCALE = 0.2
 """Standard deviation of random weights: large enough that the best token stands out from the second."""
+TIED_SCALE = 0.02
 
 
 def reference_class(config: dict[str, Any]) -> type:
@@ -37,10 +38,13 @@ def make_checkpoint(config: dict[str, Any], folder: Path, dtype: torch.dtype = t
     torch.manual_seed(seed)
     read = reference_config(config, folder)
     model = reference_class(config)._from_config(read, attn_implementation="eager", dtype=torch.float32).eval()
+    tied = getattr(read.get_text_config(), "tie_word_embeddings", False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            centre = 1.0 if "norm" in name.lower() and name.endswith("weight") else 0.0
-            parameter.copy_(centre + torch.randn_like(parameter) * SCALE)
+            centre = 1.0 if parameter.ndim == 1 and name.endswith("weight") else 0.0
+            # A tied table would make every token continue itself if it were as large as the layers' output.
+            scale = TIED_SCALE if tied and parameter is model.get_input_embeddings().weight else SCALE
+            parameter.copy_(centre + torch.randn_like(parameter) * scale)
     model.to(dtype).save_pretrained(folder)
     saved = json.loads((folder / "config.json").read_text())
     (folder / "saved_config.json").write_text(json.dumps(saved))

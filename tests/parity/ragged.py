@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from engines.api import EngineConfig, EngineSettings
 from engines.batch import Batch
 from engines.models.base import Model
 from engines.ops import OpSet
@@ -69,8 +72,5 @@ class Driver:
             return self.model.forward(batch, self.caches)
 
 
-def settings(folder: object, dtype: str = "float32", **changes: object) -> object:
-    from engines.api import EngineConfig, EngineSettings
-
-    config = EngineConfig(max_model_len=changes.pop("max_model_len", None))  # type: ignore[arg-type]
-    return EngineSettings("cpu", str(folder), dtype, config, **changes)  # type: ignore[arg-type]
+def settings(folder: Path, dtype: str = "float32", max_model_len: int | None = None, **changes: Any) -> EngineSettings:
+    return EngineSettings("cpu", str(folder), dtype, EngineConfig(max_model_len=max_model_len), **changes)
