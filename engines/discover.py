@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import importlib
 import importlib.util
 import pkgutil
@@ -27,6 +28,7 @@ def modules(package: str) -> dict[str, ModuleType]:
     return {name: importlib.import_module(f"{package}.{name}") for name in names(package)}
 
 
+@functools.cache
 def families(package: str = "engines.models") -> dict[str, ModuleType]:
     """Model families by file name: the modules that declare ARCHITECTURES. The others may load torch."""
     return {
@@ -53,6 +55,7 @@ def backends() -> list[str]:
     return [name for name in names("engines") if "offers" in names(f"engines.{name}")]
 
 
+@functools.cache
 def transformers_causal_architectures() -> frozenset[str]:
     """Causal language models that the installed transformers has code for, by class name.
 

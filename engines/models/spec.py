@@ -12,8 +12,9 @@ Field names are those of Hugging Face's config.json where it has them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, Literal
 
 from engines.api import CheckpointError, Kind, Requirement, UnsupportedModelError
@@ -39,6 +40,9 @@ class RopeSpec:
     attention_factor: float | None = None
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,14 @@ class DecoderSpec:
     num_labels: int = 0
     """For sequence-classification heads: outputs of the `score` layer, which has no bias; 0: a language-model head."""
 
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise CheckpointError(
+                f"config.json: num_attention_heads is {self.num_attention_heads}; expected a multiple of "
+                f"num_key_value_heads, {self.num_key_value_heads}; download it again"
+            )
+
     def window(self, layer: int) -> int:
         return self.windows[layer] if self.windows else 0
 
@@ -104,9 +116,34 @@ class EncoderSpec:
     head: Literal["none", "bert", "roberta"] = "none"
     """bert: pooler, then classifier. roberta: dense, tanh, out_proj on the first token."""
 
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        if self.hidden_size % self.num_attention_heads:
+            raise CheckpointError(
+                f"config.json: hidden_size is {self.hidden_size}; expected a multiple of num_attention_heads, "
+                f"{self.num_attention_heads}; download it again"
+            )
+
     @property
     def head_dim(self) -> int:
         return self.hidden_size // self.num_attention_heads
+
+
+def _check_numbers(spec: RopeSpec | DecoderSpec | EncoderSpec) -> None:
+    """Raises CheckpointError for a size that is no number, or not positive where there is no default."""
+    for f in fields(spec):
+        value = getattr(spec, f.name)
+        if f.type == "int":
+            least = 1 if f.default is MISSING else 0
+            sound = type(value) is int and least <= value < 1 << 40
+            expected = f"a whole number of at least {least}"
+        elif f.type == "float":
+            sound = type(value) in (int, float) and math.isfinite(value)
+            expected = "a number"
+        else:
+            continue
+        if not sound:
+            raise CheckpointError(f"config.json: {f.name} is {value!r}; expected {expected}; download it again")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,623 @@
+"""The decision: a truth table over models and machines, settings that carry over, memory, and every refusal's words."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engines import discover
+from engines.api import EngineConfig, SamplingParams
+from engines.checkpoint import Checkpoint, SentenceConfig, TensorInfo
+from engines.cpu.offers import Config as CpuConfig
+from engines.platform import Host
+from runner.config import DatasetConfig, HostConfig, JobConfig, ModelConfig, OutputConfig, ParallelismConfig, TaskConfig
+from runner.errors import ConfigError, EngineError, InputError, RunnerError
+from runner.fingerprint import fingerprint, redact, spell
+from runner.plan import ORDER, convert, make_plan, resolve
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 128256,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "torch_dtype": "bfloat16",
+    "eos_token_id": 128001,
+}
+BERT = {**discover.families()["bert"].tiny_config(), "torch_dtype": "float32"}
+
+H200 = Host(
+    "h200", "cuda", "NVIDIA H200", 1, (9, 0), 141 << 30, 141 << 30, 4.8e12, 989e12, 67e12, "13.0", 4.0,
+    extensions=frozenset({"cpu", "cuda"}), triton=True,
+)  # fmt: skip
+CPU = Host(
+    "this", "cpu", "a CPU", 1, None, 64 << 30, 60 << 30, cpu_name="a CPU", cpu_cores=8, cpu_memory_bytes=60 << 30,
+    cpu_dtypes=frozenset({"float32", "bfloat16"}), extensions=frozenset({"cpu"}), triton=True,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class EmbedConfig(TaskConfig):
+    pooling: str | None = None
+    normalize: bool | None = None
+
+
+def checkpoint(config: dict[str, Any] = LLAMA, **changes: Any) -> Checkpoint:
+    config = {**config, **changes}
+    return Checkpoint("/models/x", config, config["architectures"][0], {}, {})
+
+
+def job(**changes: Any) -> JobConfig:
+    base = JobConfig(
+        name="test",
+        model=ModelConfig("models/x"),
+        dataset=DatasetConfig("rows.parquet"),
+        task=TaskConfig("generate"),
+        sampling=SamplingParams(),
+        backend_config=EngineConfig(),
+    )
+    return replace(base, **changes)
+
+
+def planning(host: Host, **changes: Any) -> JobConfig:
+    return job(mode="plan", host=HostConfig(name=host.name), **changes)
+
+
+def missed(plan: Any, engine: str) -> tuple[str, ...]:
+    return next(verdict.missed for verdict in plan.verdicts if verdict.engine == engine)
+
+
+# What is chosen, and why
+
+
+def test_a_cpu_machine_runs_on_the_cpu_and_says_why_not_elsewhere() -> None:
+    plan = resolve(job(), checkpoint(), CPU, "generate")
+    assert (plan.settings.backend, plan.settings.dtype, plan.settings.device) == ("cpu", "bfloat16", "cpu")
+    assert plan.settings.implementation == "native"
+    assert type(plan.settings.config) is CpuConfig
+    assert [verdict.engine for verdict in plan.verdicts] == list(ORDER)
+    assert missed(plan, "cuda")[0] == missed(plan, "triton")[0] == "no CUDA device: no NVIDIA driver was found"
+    assert missed(plan, "cpu") == ()
+
+
+def test_auto_takes_the_first_that_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer_everything(monkeypatch, "triton")
+    assert resolve(planning(H200), checkpoint(), H200, "generate").settings.backend == "triton"
+    offer_everything(monkeypatch, "cuda")
+    plan = resolve(planning(H200), checkpoint(), H200, "generate")
+    assert (plan.settings.backend, plan.settings.device) == ("cuda", "cuda")
+
+
+def test_auto_passes_over_reference_ops_in_the_decode_step_and_a_named_engine_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    offer_everything(monkeypatch, "triton", reference=frozenset({"rope"}))
+    plan = resolve(planning(H200), checkpoint(), H200, "generate")
+    assert plan.settings.backend == "cpu"
+    assert missed(plan, "triton") == ("rope: reference op inside the decode step",)
+    named = resolve(planning(H200, backend="triton"), checkpoint(), H200, "generate")
+    assert named.settings.backend == "triton"
+    assert next(v for v in named.verdicts if v.engine == "triton").notes == (
+        "rope: reference op inside the decode step",
+    )
+
+
+def test_an_explicit_backend_overrides_detection(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer_everything(monkeypatch, "cuda")
+    assert resolve(planning(H200, backend="cpu"), checkpoint(), H200, "generate").settings.backend == "cpu"
+
+
+def test_an_explicit_backend_that_cannot_be_honoured_is_an_error_with_the_list() -> None:
+    with pytest.raises(EngineError) as caught:
+        resolve(job(backend="cuda"), checkpoint(), CPU, "generate")
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "backend: cuda cannot run LlamaForCausalLM here"
+    assert lines[1] == "  no CUDA device: no NVIDIA driver was found"
+    assert lines[-1] == (
+        "expected an engine that misses nothing; use backend=auto, or on_unsupported=fallback to take cpu"
+    )
+
+
+def test_fallback_takes_the_next_engine_and_names_what_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = resolve(job(backend="cuda", on_unsupported="fallback"), checkpoint(), CPU, "generate")
+    assert plan.settings.backend == "cpu"
+    assert "instead of cuda, which cannot run it" in plan.text()
+    offer_everything(monkeypatch, "triton")
+    config = CpuConfig(num_threads=0, prefix_caching=False)
+    wide = planning(
+        H200, backend="cpu", on_unsupported="fallback", backend_config=config, parallelism=ParallelismConfig(2)
+    )
+    plan = resolve(wide, checkpoint(), H200, "generate")
+    assert plan.settings.backend == "triton" and plan.settings.config.prefix_caching is False
+    assert "backend_config.num_threads=0: not carried over, triton has no such setting" in plan.notes
+
+
+def test_when_nothing_can_run_it_every_engine_says_why() -> None:
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 128}
+    with pytest.raises(EngineError) as caught:
+        resolve(job(), checkpoint(quantization_config=awq), CPU, "generate")
+    assert "  cpu: linear quantization=awq: cpu offers unquantized weights only" in str(caught.value).splitlines()
+    assert "  cuda: no CUDA device: no NVIDIA driver was found" in str(caught.value)
+
+
+def offer_everything(monkeypatch: pytest.MonkeyPatch, backend: str, **changes: Any) -> None:
+    """Give an engine that this version has no op set for the offer of the CPU engine, two devices wide."""
+    import importlib
+
+    from engines.capability import Offer, one_of
+    from engines.cpu.offers import OPS
+
+    ops = {**OPS, "parallelism": {"tp": one_of(1, 2), "dp": one_of(1, 2), "ep": one_of(1)}}
+    module = importlib.import_module(f"engines.{backend}.offers")
+    offered = Offer(engine=backend, ops=ops, since={"bfloat16": (8, 0)}, **changes)
+    monkeypatch.setattr(module, "offers", lambda host: replace(offered, sm=host.compute_capability))
+
+
+# The truth table
+
+QUANTIZATIONS: dict[str, dict[str, Any] | None] = {
+    "none": None,
+    "awq": {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"},
+    "gptq": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True},
+    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
+    "nameless": {"bits": 3},
+}
+HOSTS = {
+    "cpu": CPU,
+    "cpu without the library": replace(CPU, extensions=frozenset()),
+    "sm70": replace(H200, name="v100", compute_capability=(7, 0)),
+    "sm75": replace(H200, name="t4", compute_capability=(7, 5)),
+    "sm80": replace(H200, name="a100", compute_capability=(8, 0)),
+    "sm90": H200,
+    "sm90 without the library": replace(H200, extensions=frozenset()),
+    "sm unknown": replace(H200, compute_capability=None),
+    "rocm": replace(H200, name="mi300", device="rocm", compute_capability=None),
+    "ascend": replace(H200, name="npu", device="ascend", compute_capability=None),
+    "broken driver": replace(CPU, problems=("no CUDA device: torch finds none",)),
+    "tiny memory": replace(CPU, memory_bytes=1 << 20, free_bytes=1 << 20, cpu_memory_bytes=1 << 20),
+}
+ARCHITECTURES = ["LlamaForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel", "NobodyForCausalLM"]
+TABLE = list(
+    itertools.product(
+        ARCHITECTURES, QUANTIZATIONS, HOSTS, ["auto", "bfloat16", "float32"], [80, 128], [False, True],
+        ["auto", "cuda", "cpu"],
+    )
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("host", HOSTS)
+def test_every_combination_has_a_verdict_or_a_named_error(architecture: str, host: str) -> None:
+    for _, quantization, _, dtype, head_dim, adapters, backend in (
+        row for row in TABLE if row[0] == architecture and row[2] == host
+    ):
+        adapted = {"a": "adapters/a"} if adapters else {}
+        asked = planning(HOSTS[host], backend=backend, model=ModelConfig("x", dtype=dtype, adapters=adapted))
+        config: dict[str, Any] = {"architectures": [architecture], "head_dim": head_dim, "n_positions": 1024}
+        config["quantization_config"] = QUANTIZATIONS[quantization]
+        known = architecture in discover.transformers_causal_architectures()
+        runnable = architecture != "NobodyForCausalLM" and quantization == "none" and not adapters
+        runnable = runnable and backend != "cuda" and (host != "tiny memory" or architecture == "GPT2LMHeadModel")
+        try:
+            plan = resolve(asked, checkpoint(**config), HOSTS[host], "generate", known)
+        except EngineError as error:
+            assert not runnable, str(error)
+            check_sentences(str(error), architecture, quantization, host, dtype, adapters, backend)
+        else:
+            assert runnable
+            assert plan.settings.backend == "cpu"
+            assert plan.settings.implementation == ("transformers" if architecture.startswith("GPT2") else "native")
+            assert json.loads(json.dumps(plan.to_dict()))["settings"]["backend"] == "cpu"
+
+
+def check_sentences(
+    text: str, architecture: str, quantization: str, host: str, dtype: str, adapters: bool, backend: str
+) -> None:
+    """The reasons of an error are the ones that the combination has."""
+    if architecture == "NobodyForCausalLM":
+        assert text.startswith("model.path: no native family has NobodyForCausalLM, and transformers has no such")
+        return
+    method = (QUANTIZATIONS[quantization] or {}).get("quant_method", "unknown")
+    op = "transformers_model" if architecture.startswith("GPT2") else "linear"
+    of_cpu = backend != "cuda"
+    quantized = f"{op} quantization={method}: cpu offers unquantized weights only"
+    assert (quantized in text) == (of_cpu and quantization != "none")
+    assert ("lora: cpu does not offer it" in text) == (of_cpu and adapters)
+    assert ("memory: weights" in text) == (of_cpu and host == "tiny memory" and op == "linear")
+    of_cuda = backend != "cpu"
+    sm = HOSTS[host].compute_capability
+    asked_bf16 = dtype == "bfloat16" and sm is not None and sm < (8, 0)
+    assert (
+        f"sm {sm} for bfloat16".replace("(", "").replace(")", "").replace(", ", ".") in text.replace(" < 8.0", "")
+    ) == (of_cuda and asked_bf16)
+    sentences = {
+        "cpu": "no CUDA device: no NVIDIA driver was found",
+        "sm70": "sm 7.0 < 8.0",
+        "sm75": "sm 7.5 < 8.0",
+        "sm unknown": "compute capability unknown",
+        "rocm": "device rocm: expected cuda",
+        "ascend": "device ascend: expected cuda",
+        "broken driver": "no CUDA device: torch finds none",
+    }
+    if host in sentences and of_cuda:
+        assert sentences[host] in text
+
+
+def test_a_v100_gets_float16_with_a_sentence() -> None:
+    plan = resolve(planning(HOSTS["sm70"]), checkpoint(), HOSTS["sm70"], "generate")
+    triton = next(verdict for verdict in plan.verdicts if verdict.engine == "triton")
+    assert triton.dtype == "float16"
+    assert triton.notes == ("dtype float16 instead of the checkpoint's bfloat16: sm 7.0",)
+
+
+values = (
+    st.none() | st.booleans() | st.integers(-2, 1 << 40) | st.text(max_size=5) | st.floats() | st.lists(st.integers())
+)
+
+
+KEYS = {*LLAMA, "head_dim", "rope_scaling", "quantization_config", "text_config", "auto_map", "sliding_window"}
+NAMES = [*ARCHITECTURES, "Gemma2ForCausalLM", "Phi3ForCausalLM", "BertModel", "MambaForCausalLM"]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    changes=st.dictionaries(st.sampled_from(sorted(KEYS | {"n_positions"} - {"architectures"})), values, max_size=3),
+    architecture=st.sampled_from(NAMES),
+    kind=st.sampled_from(["generate", "score", "embed", "classify"]),
+    known=st.booleans(),
+    host=st.sampled_from(sorted(HOSTS)),
+)
+def test_no_config_json_ends_in_an_unnamed_exception(
+    changes: dict[str, Any], architecture: str, kind: Any, known: bool, host: str
+) -> None:
+    config = {**LLAMA, **changes, "architectures": [architecture]}
+    try:
+        plan = resolve(planning(HOSTS[host]), checkpoint(config), HOSTS[host], kind, known)
+    except RunnerError as error:
+        assert str(error).count(";") >= 1 or "\n" in str(error), str(error)
+    else:
+        assert any(verdict.accepted for verdict in plan.verdicts)
+        plan.text()
+
+
+# Models without a native family
+
+
+def test_a_causal_model_without_a_family_runs_through_transformers() -> None:
+    gpt2 = checkpoint({"architectures": ["GPT2LMHeadModel"], "n_positions": 1024})
+    plan = resolve(job(), gpt2, CPU, "generate", through_transformers=True)
+    assert plan.settings.implementation == "transformers" and plan.spec is None
+    assert plan.settings.config.max_model_len == 1024
+    assert plan.notes == (
+        "implementation=transformers: no native family has GPT2LMHeadModel; its layers run as transformers has them",
+    )
+
+
+def test_a_variant_that_the_family_cannot_run_goes_to_transformers() -> None:
+    odd = checkpoint(rope_scaling={"rope_type": "spiral", "factor": 2.0})
+    plan = resolve(job(), odd, CPU, "generate", through_transformers=True)
+    assert plan.settings.implementation == "transformers"
+    assert "engines.models.llama cannot run it" in plan.notes[0] and "spiral" in plan.notes[0]
+
+
+def test_code_of_the_checkpoint_runs_only_when_asked_for() -> None:
+    own = checkpoint(architectures=["OwnForCausalLM"], auto_map={"AutoModelForCausalLM": "modeling.OwnForCausalLM"})
+    with pytest.raises(
+        EngineError, match=r"needs the Python code that the checkpoint brings; .*trust_remote_code=true"
+    ):
+        resolve(job(), own, CPU, "generate")
+    plan = resolve(job(model=ModelConfig("x", trust_remote_code=True)), own, CPU, "generate")
+    assert plan.settings.trust_remote_code
+    assert "runs the checkpoint's own Python code" in plan.notes[0]
+    # A family or a class of transformers comes before the checkpoint's code.
+    known = checkpoint(auto_map={"AutoModelForCausalLM": "modeling.X"})
+    plan = resolve(job(model=ModelConfig("x", trust_remote_code=True)), known, CPU, "generate")
+    assert not plan.settings.trust_remote_code and plan.settings.implementation == "native"
+
+
+def test_a_config_without_sizes_is_named() -> None:
+    broken = {key: value for key, value in LLAMA.items() if key != "hidden_size"}
+    with pytest.raises(InputError, match=r"model.path: /models/x: .*hidden_size"):
+        resolve(job(), checkpoint(broken), CPU, "generate")
+
+
+# Task and model
+
+
+@pytest.mark.parametrize(
+    ("config", "kind", "message"),
+    [
+        (BERT, "generate", "BertModel is an encoder; expected a causal language model"),
+        (BERT, "score", "BertModel is an encoder; expected a causal language model"),
+        (LLAMA, "classify", "LlamaForCausalLM has no classification head; expected ...ForSequenceClassification"),
+        ({**LLAMA, "architectures": ["LlamaModel"]}, "generate", "LlamaModel has no language-model head"),
+        (
+            {**LLAMA, "architectures": ["LlamaForSequenceClassification"], "num_labels": 3},
+            "generate",
+            "LlamaForSequenceClassification has no language-model head; .* use task=classify",
+        ),
+    ],
+)
+def test_a_task_that_the_model_cannot_do(config: dict[str, Any], kind: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        resolve(job(task=TaskConfig(kind)), checkpoint(config), CPU, kind)
+
+
+def test_classification_through_transformers_is_refused() -> None:
+    with pytest.raises(EngineError, match="transformers serves causal models only"):
+        resolve(job(), checkpoint({"architectures": ["GPT2X"]}), CPU, "classify", through_transformers=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "asked", "sentence", "expected"),
+    [
+        (BERT, None, None, ("mean", True)),
+        (BERT, None, SentenceConfig("cls", False, 256), ("cls", False)),
+        (BERT, "max", SentenceConfig("cls", False, 256), ("max", False)),
+        (LLAMA, None, None, ("last", True)),
+        (LLAMA, "mean", None, ("mean", True)),
+    ],
+)
+def test_pooling(config: dict[str, Any], asked: str | None, sentence: Any, expected: tuple[str, bool]) -> None:
+    opened = replace(checkpoint(config), sentence=sentence)
+    plan = resolve(job(task=EmbedConfig("embed", pooling=asked)), opened, CPU, "embed")
+    assert (plan.settings.pooling, plan.settings.normalize) == expected
+
+
+def test_pooling_that_makes_no_sense_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"task.pooling: cls with LlamaForCausalLM, whose first token sees no other"):
+        resolve(job(task=EmbedConfig("embed", pooling="cls")), checkpoint(), CPU, "embed")
+    with pytest.raises(ConfigError, match=r"task.pooling: 'median'; expected one of cls, mean, max, last"):
+        resolve(job(task=EmbedConfig("embed", pooling="median")), checkpoint(), CPU, "embed")
+
+
+def test_sentence_encoders_keep_their_length() -> None:
+    opened = replace(checkpoint(BERT), sentence=SentenceConfig("mean", True, 256))
+    assert resolve(job(task=EmbedConfig("embed")), opened, CPU, "embed").settings.config.max_model_len == 256
+    asked = job(task=EmbedConfig("embed"), model=ModelConfig("x", max_model_len=300))
+    assert resolve(asked, opened, CPU, "embed").settings.config.max_model_len == 300
+
+
+# Settings
+
+
+@pytest.mark.parametrize(("key", "value"), [("max_model_len", 100), ("dtype", "float32")])
+def test_a_setting_of_two_groups_may_stand_in_either(key: str, value: Any) -> None:
+    other = {"max_model_len": 200, "dtype": "float16"}[key]
+    for changes in (
+        {"model": ModelConfig("x", **{key: value})},
+        {"backend_config": EngineConfig(**{key: value})},
+        {"model": ModelConfig("x", **{key: value}), "backend_config": EngineConfig(**{key: value})},
+    ):
+        assert getattr(resolve(job(**changes), checkpoint(), CPU, "generate").settings.config, key) == value
+    both = job(model=ModelConfig("x", **{key: value}), backend_config=EngineConfig(**{key: other}))
+    with pytest.raises(ConfigError, match=f"model.{key}: {value} with backend_config.{key}: {other}"):
+        resolve(both, checkpoint(), CPU, "generate")
+
+
+def test_a_length_beyond_the_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"model.max_model_len: 8193; expected at most 8192"):
+        resolve(job(model=ModelConfig("x", max_model_len=8193)), checkpoint(), CPU, "generate")
+    dynamic = checkpoint(rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    plan = resolve(job(model=ModelConfig("x", max_model_len=16384)), dynamic, CPU, "generate")
+    assert plan.settings.config.max_model_len == 16384
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("block_size", 24, "a power of two"),
+        ("block_size", 0, "a power of two"),
+        ("max_num_seqs", 0, "at least 1"),
+        ("max_num_batched_tokens", 0, "at least 1"),
+        ("kv_memory_fraction", 1.5, "more than 0 and at most 1"),
+        ("kv_cache_bytes", 0, "null or more than 0"),
+    ],
+)
+def test_engine_settings_out_of_bounds(key: str, value: Any, expected: str) -> None:
+    with pytest.raises(ConfigError, match=f"backend_config.{key}: {value}; expected {expected}"):
+        resolve(job(backend_config=replace(EngineConfig(), **{key: value})), checkpoint(), CPU, "generate")
+
+
+UNLIKE_DEFAULTS = {
+    "dtype": "float16", "max_model_len": 77, "max_num_seqs": 3, "max_num_batched_tokens": 99, "block_size": 64,
+    "kv_cache_bytes": 1 << 20, "kv_memory_fraction": 0.25, "prefix_caching": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(EngineConfig)])
+@pytest.mark.parametrize(("source", "target"), list(itertools.permutations(discover.backends(), 2)))
+def test_every_shared_setting_carries_over(field: str, source: str, target: str) -> None:
+    import importlib
+
+    value = UNLIKE_DEFAULTS[field]  # a KeyError here: a new field needs a value
+    config = importlib.import_module(f"engines.{source}.offers").Config(**{field: value})
+    assert value != getattr(type(config)(), field)
+    converted, lost = convert(config, target)
+    assert type(converted) is importlib.import_module(f"engines.{target}.offers").Config
+    assert {**dataclasses.asdict(converted), field: value} == dataclasses.asdict(converted)
+    assert lost == []
+
+
+@pytest.mark.parametrize(("source", "target"), list(itertools.permutations(discover.backends(), 2)))
+def test_every_own_setting_that_is_lost_is_named(source: str, target: str) -> None:
+    import importlib
+
+    own = importlib.import_module(f"engines.{source}.offers").Config
+    shared = {f.name for f in dataclasses.fields(importlib.import_module(f"engines.{target}.offers").Config)}
+    for f in dataclasses.fields(own):
+        if f.name in shared:
+            continue
+        for value in (0, False, 4):
+            converted, lost = convert(own(**{f.name: value}), target)
+            assert lost == [f"backend_config.{f.name}={value}: not carried over, {target} has no such setting"]
+            assert not hasattr(converted, f.name)
+
+
+def test_parallelism_that_no_engine_offers() -> None:
+    with pytest.raises(EngineError, match="cpu: parallelism tp=2: cpu offers 1"):
+        resolve(job(parallelism=ParallelismConfig(tp=2)), checkpoint(), CPU, "generate")
+
+
+def test_a_described_host_can_only_be_planned_for() -> None:
+    with pytest.raises(ConfigError, match=r"host.name: 'h200' with mode=run; expected `this`.*; use mode=plan"):
+        resolve(job(host=HostConfig("h200")), checkpoint(), H200, "generate")
+
+
+# Memory
+
+
+def test_memory_of_llama_3_8b() -> None:
+    config = EngineConfig(kv_memory_fraction=0.5)
+    plan = resolve(planning(H200, backend_config=config), checkpoint(), H200, "generate")
+    on_gpu = plan.memory[1]
+    assert on_gpu.device == "NVIDIA H200" and on_gpu.fits
+    assert on_gpu.weight_bytes == 16_060_522_496 and on_gpu.kv_bytes_per_token == 131_072
+    free = (141 << 30) - 16_060_522_496 - on_gpu.activation_bytes
+    assert on_gpu.kv_tokens == free // 2 // 131_072
+    assert on_gpu.num_seqs(1000) == on_gpu.kv_tokens // 1000
+    assert plan.memory[0].fits is None, "the processor of a described GPU machine is not described"
+    assert "not described, so whether the model fits is not known" in "\n".join(plan.notes)
+
+
+def test_weights_count_in_the_compute_dtype_and_tied_heads_once() -> None:
+    tensors = {
+        "model.embed_tokens.weight": TensorInfo("f", "BF16", (10, 4), 0, 80),
+        "lm_head.weight": TensorInfo("f", "BF16", (10, 4), 80, 80),
+    }
+    for tied, dtype, expected in ((False, "float32", 320), (True, "float32", 160), (True, "bfloat16", 80)):
+        opened = replace(checkpoint(tie_word_embeddings=tied), tensors=tensors)
+        plan = resolve(job(model=ModelConfig("x", dtype=dtype)), opened, CPU, "generate")
+        assert plan.memory[0].weight_bytes == expected
+
+
+def test_a_model_larger_than_memory_is_refused_with_the_numbers() -> None:
+    small = replace(CPU, memory_bytes=8 << 30, free_bytes=8 << 30, cpu_memory_bytes=8 << 30)
+    with pytest.raises(EngineError, match=r"cpu: memory: weights 16\.1 GB \+ activations .* > 8\.6 GB of a CPU"):
+        resolve(job(), checkpoint(), small, "generate")
+
+
+def test_little_free_memory_is_said() -> None:
+    busy = replace(CPU, free_bytes=1 << 30, cpu_memory_bytes=1 << 30)
+    assert "close other programs" in "\n".join(resolve(job(), checkpoint(), busy, "generate").notes)
+
+
+def test_a_cache_smaller_than_one_request_is_said() -> None:
+    config = EngineConfig(kv_cache_bytes=1000 * 131_072)
+    notes = "\n".join(resolve(job(backend_config=config), checkpoint(), CPU, "generate").notes)
+    assert "KV cache: holds 1,000 tokens, fewer than max_model_len=8,192" in notes
+
+
+# Fingerprint
+
+
+def prints(**changes: Any) -> dict[str, str]:
+    asked = job(**changes)
+    return fingerprint(asked, resolve(asked, checkpoint(), CPU, "generate").settings, "digest")
+
+
+STEERING = {
+    "mode": "plan",
+    "max_runtime_s": 5.0,
+    "max_error_rate": 0.1,
+    "max_consecutive_errors": None,
+    "grace_s": 1.0,
+    "window_rows": 7,
+    "retry_errors": True,
+    "on_change": "new",
+    "on_unsupported": "fallback",
+    "output": OutputConfig(folder="elsewhere", compression="gzip", row_group_rows=5, journal_interval_s=9.0),
+    "backend_config": EngineConfig(
+        max_num_seqs=5, max_num_batched_tokens=64, kv_cache_bytes=1 << 30, prefix_caching=False
+    ),
+    "host": HostConfig(price_per_hour=3.0),
+}
+
+
+@pytest.mark.parametrize("key", STEERING)
+def test_what_only_steers_the_run_is_not_in_the_fingerprint(key: str) -> None:
+    assert prints(**{key: STEERING[key]}) == prints()
+
+
+MATTERS = {
+    "seed": ({"seed": 1}, {"seed"}),
+    "samples": ({"samples": 2}, {"samples"}),
+    "numerics": ({"numerics": "fast"}, {"numerics"}),
+    "sampling": ({"sampling": SamplingParams(temperature=0.5, stop=("a",))}, {"sampling.temperature", "sampling.stop"}),
+    "sampling columns": ({"sampling_columns": {"top_k": "k"}}, {"sampling_columns"}),
+    "dtype": ({"model": ModelConfig("x", dtype="float32")}, {"dtype"}),
+    "length": ({"model": ModelConfig("x", max_model_len=9)}, {"max_model_len"}),
+    "block size": ({"backend_config": EngineConfig(block_size=16)}, {"block_size"}),
+    "task": ({"task": EmbedConfig("generate", pooling="x")}, {"task.pooling", "task.normalize"}),
+    "dataset": (
+        {"dataset": DatasetConfig("y", "csv", filter="a > 1", limit=3, chunk_rows=5, id_column="i", split="s")},
+        {f"dataset.{key}" for key in ("path", "format", "filter", "limit", "chunk_rows", "id_column", "split")},
+    ),
+    "columns": ({"output": OutputConfig(keep_columns=[], token_ids=True)}, {"output.keep_columns", "output.token_ids"}),
+}
+
+
+@pytest.mark.parametrize("case", MATTERS)
+def test_what_can_change_a_result_is_in_the_fingerprint(case: str) -> None:
+    changes, keys = MATTERS[case]
+    first, second = prints(), prints(**changes)
+    assert {key for key in first.keys() | second.keys() if first.get(key) != second.get(key)} == keys
+
+
+def test_fingerprints_are_readable_and_hold_no_secret() -> None:
+    assert all(len(value) <= 160 for value in prints(dataset=DatasetConfig("x" * 5000)).values())
+    assert spell("a" * 5000) != spell("a" * 4999 + "b")
+    assert prints(dataset=DatasetConfig("s3://key:secret@bucket/a"))["dataset.path"] == "s3://bucket/a"
+    assert redact("https://host/a.parquet?X-Signature=abc") == "https://host/a.parquet"
+    assert redact("/a b/c?d=*.parquet") == "/a b/c?d=*.parquet"
+
+
+def test_a_plan_shows_no_secret() -> None:
+    plan = resolve(job(dataset=DatasetConfig("s3://key:secret@bucket/a")), checkpoint(), CPU, "generate")
+    assert "secret" not in plan.text() and "secret" not in json.dumps(plan.to_dict())
+
+
+# The whole
+
+
+def test_the_text_of_a_plan() -> None:
+    text = resolve(job(), checkpoint(), CPU, "generate").text()
+    for line in (
+        "job       test, task generate, results in outputs/test",
+        "model     models/x (LlamaForCausalLM, 8.03 B parameters)",
+        "engine    cpu: the first of cuda, triton, cpu that can run the model",
+        "dtype     bfloat16",
+        "  cpu     can run it (chosen)",
+        "  cuda    cannot run it",
+        "          - no CUDA device: no NVIDIA driver was found",
+    ):
+        assert line in text.splitlines()
+
+
+def test_importing_the_plan_loads_no_torch() -> None:
+    code = (
+        "import sys, runner.plan, runner.memory, runner.plan_text, runner.hub\n"
+        "print(sorted({'torch', 'transformers', 'triton'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_a_malformed_host_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match=r'host.compute_capability: \'90\'; expected "<major>.<minor>"'):
+        make_plan(job(mode="plan", host=HostConfig("box", "cuda", compute_capability="90")))
