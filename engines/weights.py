@@ -23,6 +23,7 @@ from engines.models.spec import CheckpointLayout, PackedModules
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _SHOWN = 8
+_OPEN_FILES = 2
 Built = TypeVar("Built")
 
 
@@ -132,6 +133,9 @@ class Weights:
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
+            # Mapped pages count as this process's memory until they are unmapped.
+            for oldest in list(self._files)[: max(0, len(self._files) + 1 - _OPEN_FILES)]:
+                del self._files[oldest]
             path = inside(Path(self.checkpoint.path), file)
             self._files[file] = safe_open(path, framework="pt", device="cpu")
         return self._files[file]
