@@ -1,8 +1,8 @@
 """OpenAI batch input files: JSON Lines of {"custom_id", "method", "url", "body"}, as columns with a fixed schema.
 
-Columns: custom_id, url, model, messages, prompt, input, and one for each sampling parameter, null where the request does
-not set it; `sampling.columns` in the configuration makes those count. What this runner cannot honour (tools, images,
-several choices a request, ...) makes an error row that says so, never a request that means something else.
+Columns: custom_id, url, model, messages, prompt, input, and one for each sampling parameter, null where the request
+does not set it; `sampling.columns` in the configuration makes those count. What this runner cannot honour (tools,
+images, several choices a request, ...) makes an error row that says so, never a request that means something else.
 
 Source: https://platform.openai.com/docs/api-reference/batch/request-input
 """
