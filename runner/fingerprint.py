@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import re
 from typing import Any
 
 import xxhash
 
 from engines.api import EngineSettings
 from runner.config import JobConfig
+from runner.source.paths import shown_url
 
 LONGEST = 120
 """Characters; longer values stand as a digest."""
-_USER = re.compile(r"(?<=://)[^/@\s]*@")
-_QUERY = re.compile(r"(https?://[^?\s]*)\?\S*")
 
 
 def fingerprint(job: JobConfig, settings: EngineSettings, model_digest: str) -> dict[str, str]:
@@ -46,7 +44,7 @@ def fingerprint(job: JobConfig, settings: EngineSettings, model_digest: str) -> 
     for group in ("task", "sampling", "dataset"):
         for name, value in _fields(getattr(job, group)).items():
             values[f"{group}.{name}"] = value
-    values["dataset.path"] = redact(job.dataset.path)
+    values["dataset.path"] = shown_url(job.dataset.path)
     return {key: spell(value) for key, value in sorted(values.items())}
 
 
@@ -62,8 +60,3 @@ def spell(value: Any) -> str:
     if len(text) <= LONGEST:
         return text
     return f"{text[:40]}... ({len(text)} characters, xxh3 {xxhash.xxh3_128_hexdigest(text.encode())})"
-
-
-def redact(text: str) -> str:
-    """A path or URL without user, password and signed query."""
-    return _QUERY.sub(r"\1", _USER.sub("", text))

@@ -21,9 +21,10 @@ from engines.models.spec import EncoderSpec, ModelSpec, requirements
 from engines.platform import Host, describe, probe, resolve_dtype
 from runner.config import JobConfig
 from runner.errors import ConfigError, EngineError, InputError
-from runner.fingerprint import fingerprint, redact
+from runner.fingerprint import fingerprint
 from runner.hub import model_folder
 from runner.memory import Memory, gb, memory_notes, memory_of
+from runner.source.paths import shown_url
 
 if TYPE_CHECKING:
     from runner.inspect import Inspection
@@ -76,7 +77,7 @@ class Plan:
             name: _plain(getattr(self, name))
             for name in ("job", "settings", "architecture", "spec", "memory", "notes", "host", "fingerprint")
         }
-        plain["job"]["dataset"]["path"] = redact(self.job.dataset.path)
+        plain["job"]["dataset"]["path"] = shown_url(self.job.dataset.path)
         plain["verdicts"] = [{"accepted": verdict.accepted, **_plain(verdict)} for verdict in self.verdicts]
         plain["output_folder"] = self.output_folder
         plain["inspection"] = _plain(self.inspection)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from engines import costs
-from runner.fingerprint import redact
 from runner.memory import Memory, gb
 from runner.plan import Plan
+from runner.source.paths import shown_url
 
 TYPICAL_TOKENS = 1024
 """Length of a sequence for "how many fit" where no rows were looked at."""
@@ -21,7 +21,7 @@ def render(plan: Plan) -> str:
         ("dtype", settings.dtype),
         ("length", f"at most {config.max_model_len or '(known once loaded)'} tokens, prompt and output together"),
         ("batch", f"{config.max_num_seqs} sequences, {config.max_num_batched_tokens} new tokens a step"),
-        ("input", redact(plan.job.dataset.path)),
+        ("input", shown_url(plan.job.dataset.path)),
     ]
     parallel = plan.job.parallelism
     if parallel.tp * parallel.dp * parallel.ep > 1:
