@@ -142,10 +142,19 @@ class Weights:
 
 
 def build(make: Callable[[Weights], Built], weights: Weights, ignored: Sequence[str] = ()) -> Built:
-    """What `make` builds from the weights, once it is sure that it takes every tensor of the checkpoint.
+    """What `make` builds from the weights, once `check` has found that it takes every tensor of the checkpoint."""
+    check(make, weights, ignored)
+    try:
+        return make(weights)
+    finally:
+        weights.close()
 
-    `ignored` adds to the layout's own patterns. Raises CheckpointError with all that is missing, unexpected, of the
-    wrong shape or type.
+
+def check(make: Callable[[Weights], object], weights: Weights, ignored: Sequence[str] = ()) -> None:
+    """Compare what `make` takes with what the checkpoint has, reading headers only.
+
+    ignored: regular expressions of names, beside the layout's own. Raises CheckpointError with all that is missing,
+    unexpected, of the wrong shape or type.
     """
     probe = replace(weights, device=torch.device("meta"), taken=set(), problems=[])
     make(probe)
@@ -156,10 +165,6 @@ def build(make: Callable[[Weights], Built], weights: Weights, ignored: Sequence[
     problems = [*probe.problems, *(f"unexpected: {n} {list(checkpoint.tensors[n].shape)}" for n in unexpected)]
     if problems:
         raise CheckpointError(_message(checkpoint, problems))
-    try:
-        return make(weights)
-    finally:
-        weights.close()
 
 
 def _message(checkpoint: Checkpoint, problems: list[str]) -> str:

@@ -265,8 +265,13 @@ def activation(name: str) -> Any:
 
 
 def windows(config: Mapping[str, Any], sliding: tuple[bool, ...]) -> tuple[int, ...]:
-    """DecoderSpec.windows of config.json's layer_types; without them, layer i has sliding_window if sliding[i]."""
+    """DecoderSpec.windows of config.json's layer_types; without them, layer i has sliding_window if sliding[i].
+
+    A window that no text of the model's own length fills is none.
+    """
     window = config.get("sliding_window") or 0
+    if window >= config.get("max_position_embeddings", window + 1):
+        window = 0
     kinds = config.get("layer_types")
     if kinds is not None:
         odd = sorted(set(kinds) - {"sliding_attention", "full_attention"})
