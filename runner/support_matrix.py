@@ -1,0 +1,133 @@
+"""docs/support_matrix.md: what runs where, made from what is found in the tree and from what engines offer.
+
+Whether something runs is asked of the offers, never written down here. What is written down is the evidence: the test
+that shows it. An entry whose test is not in the tree is an error, so that a deleted test takes its claim along.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from engines import discover
+from engines.api import Kind
+from engines.capability import difference
+from engines.models.spec import DecoderSpec, ModelSpec, requirements
+from engines.platform import Host
+from runner.plan import ORDER
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTED, COMPILED, SIMULATED, UNTESTED = "tested", "compiled only", "simulated", "not tested"
+
+HOSTS = {
+    "cpu": Host("a CPU", "cpu", extensions=frozenset({"cpu"})),
+    "triton": Host("an H200", "cuda", compute_capability=(9, 0), extensions=frozenset({"cuda"}), triton=True),
+    "cuda": Host("an H200", "cuda", compute_capability=(9, 0), extensions=frozenset({"cuda"}), triton=True),
+}
+"""Where each engine is asked: a machine that has all it could want."""
+
+FAMILY_EVIDENCE = {
+    ("cpu", "decoder"): "tests/parity/test_logits.py",
+    ("cpu", "encoder"): "tests/parity/test_encoders.py",
+}
+"""Tests that are parametrized over every family found. Engines without one are not tested."""
+DTYPE_EVIDENCE = {
+    ("cpu", "float32"): "tests/parity/test_logits.py",
+    ("cpu", "bfloat16"): "tests/parity/test_logits.py",
+    ("cpu", "float16"): "",
+}
+DEVICE_EVIDENCE = {
+    "x86-64 CPU, Linux": (TESTED, "all tests run there"),
+    "ARM CPU, Linux": (UNTESTED, "plain torch serves it; nothing was run there"),
+    "macOS": (UNTESTED, "plain torch serves it; nothing was run there"),
+    "NVIDIA GPU": (UNTESTED, "the cuda and triton engines say what they miss; jobs run on the CPU"),
+    "AMD, Intel, Ascend, MetaX, Cambricon": (UNTESTED, "no engine offers them; jobs run on the CPU"),
+}
+KIND_EVIDENCE = {
+    "sources": "tests/runner/source/test_contract.py",
+    "tasks": "tests/runner/test_tasks.py",
+    "transformers": "tests/parity/test_fallback.py",
+}
+
+
+def render() -> str:
+    """The page. Raises FileNotFoundError naming the evidence that is not in the tree."""
+    parts = [
+        "# What is supported",
+        "Made by `python -m runner.docs` from the model families and engines in the tree; not edited by "
+        f"hand. **{TESTED}**: a test in this repository shows it. **{COMPILED}**: builds, was not run. "
+        f"**{SIMULATED}**: shown by a stand-in (an interpreter, several processes for several devices). "
+        f"**{UNTESTED}**: ought to work. "
+        "A dash: the engine does not offer it, for the reason that `mode=plan` gives.",
+        "## Model families",
+        _families(),
+        "Other causal models run on the CPU engine through their class in transformers, with a line in the plan that "
+        f"says so: {_proof(KIND_EVIDENCE['transformers'])}.",
+        "## Compute dtypes",
+        _dtypes(),
+        "## Weight formats",
+        _formats(),
+        "## Devices",
+        _table(("device", "", ""), [(name, mark, why) for name, (mark, why) in DEVICE_EVIDENCE.items()]),
+        "## Tasks and data",
+        _plugins(),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _families() -> str:
+    rows = []
+    for name, module in discover.families().items():
+        spec = module.spec(module.tiny_config())
+        shape = "decoder" if isinstance(spec, DecoderSpec) else "encoder"
+        rows.append((name, ", ".join(module.ARCHITECTURES), *(_family_mark(spec, shape, engine) for engine in ORDER)))
+    return _table(("family", "architectures", *ORDER), rows)
+
+
+def _family_mark(spec: ModelSpec, shape: str, engine: str) -> str:
+    kind: Kind = "generate" if isinstance(spec, DecoderSpec) else "embed"
+    offer = importlib.import_module(f"engines.{engine}.offers").offers(HOSTS[engine])
+    if not any(not difference(requirements(spec, dtype, kind), offer) for dtype in ("float32", "bfloat16", "float16")):
+        return "-"
+    return _proof(FAMILY_EVIDENCE.get((engine, shape), ""))
+
+
+def _dtypes() -> str:
+    spec = discover.families()["llama"].spec(discover.families()["llama"].tiny_config())
+    rows = []
+    for dtype in ("float32", "bfloat16", "float16"):
+        marks = []
+        for engine in ORDER:
+            offer = importlib.import_module(f"engines.{engine}.offers").offers(HOSTS[engine])
+            offered = not difference(requirements(spec, dtype, "generate"), offer)
+            marks.append(_proof(DTYPE_EVIDENCE.get((engine, dtype), "")) if offered else "-")
+        rows.append((dtype, *marks))
+    return _table(("dtype", *ORDER), rows)
+
+
+def _formats() -> str:
+    rows = [(name, _proof("tests/parity/test_logits.py") if name == "dense" else UNTESTED) for name in
+            discover.names("engines.formats")]  # fmt: skip
+    return _table(("format", ""), rows)
+
+
+def _plugins() -> str:
+    rows = [("task", name, _proof(KIND_EVIDENCE["tasks"])) for name in discover.names("runner.tasks")]
+    for name, module in discover.modules("runner.source").items():
+        if hasattr(module, "open") or hasattr(module, "open_dataset"):
+            rows.append(("dataset format", name, _proof(KIND_EVIDENCE["sources"])))
+    return _table(("", "name", ""), rows)
+
+
+def _proof(test: str) -> str:
+    if not test:
+        return UNTESTED
+    if (ROOT / "tests").is_dir() and not (ROOT / test).is_file():
+        raise FileNotFoundError(f"{test}: named as evidence in runner/support_matrix.py, but not in the tree")
+    return f"{TESTED} ({test})"
+
+
+def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [head, tuple("---" for _ in head), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
