@@ -19,7 +19,7 @@ from engines.capability import Offer, difference, quantization_attributes, refer
 from engines.checkpoint import Checkpoint, open_checkpoint
 from engines.models.spec import EncoderSpec, ModelSpec, requirements
 from engines.platform import Host, describe, probe, resolve_dtype
-from runner.config import JobConfig
+from runner.config import HostConfig, JobConfig
 from runner.errors import ConfigError, EngineError, InputError
 from runner.fingerprint import fingerprint
 from runner.hub import model_folder
@@ -96,10 +96,7 @@ def make_plan(job: JobConfig) -> Plan:
     Raises ConfigError, InputError or EngineError, each naming what is in the way.
     """
     planning = job.mode == "plan"
-    try:
-        host = probe(job.host.price_per_hour) if job.host.name == "this" else describe(**dataclasses.asdict(job.host))
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
+    host = _host(job)
     try:
         folder = model_folder(job.model, weights=not planning)
         checkpoint = open_checkpoint(folder, weights=not planning or bool(list(Path(folder).glob("*.safetensors"))))
@@ -113,6 +110,23 @@ def make_plan(job: JobConfig) -> Plan:
 
         plan = replace(plan, inspection=inspect(plan, checkpoint))
     return plan
+
+
+def _host(job: JobConfig) -> Host:
+    if job.host.name == "this":
+        written = dataclasses.asdict(job.host)
+        probed = [f.name for f in dataclasses.fields(job.host) if f.name != "price_per_hour"]
+        given = [key for key in probed if written[key] != getattr(HostConfig(), key)]
+        if given:
+            raise ConfigError(
+                f"host.{given[0]}: {written[given[0]]} with host.name=this; expected no description, as this machine "
+                "is probed; remove it, or give the host another name and plan for it with mode=plan"
+            )
+        return probe(job.host.price_per_hour)
+    try:
+        return describe(**dataclasses.asdict(job.host))
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
 
 
 def task_kind(job: JobConfig) -> Kind:

@@ -622,3 +622,8 @@ def test_importing_the_plan_loads_no_torch() -> None:
 def test_a_malformed_host_is_a_configuration_error() -> None:
     with pytest.raises(ConfigError, match=r'host.compute_capability: \'90\'; expected "<major>.<minor>"'):
         make_plan(job(mode="plan", host=HostConfig("box", "cuda", compute_capability="90")))
+
+
+def test_this_machine_cannot_be_described() -> None:
+    with pytest.raises(ConfigError, match=r"host.memory_gib: 8.0 with host.name=this; expected no description"):
+        make_plan(job(host=HostConfig(memory_gib=8.0)))
