@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -147,3 +148,41 @@ def test_deciding_loads_no_torch() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
+
+
+def stand_in_torch(monkeypatch: pytest.MonkeyPatch, version: str | None, devices: int) -> None:
+    """A torch that sees so many H200s; version: the CUDA it was built with."""
+    available = SimpleNamespace(
+        is_available=lambda: devices > 0,
+        device_count=lambda: devices,
+        mem_get_info=lambda device: (140 << 30, 141 << 30),
+        get_device_name=lambda device: "NVIDIA H200",
+        get_device_capability=lambda device: (9, 0),
+    )
+    torch = SimpleNamespace(__version__="2.13.0", version=SimpleNamespace(cuda=version), cuda=available)
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    monkeypatch.setattr(platform, "driver_present", lambda: True)
+
+
+def test_devices_that_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_torch(monkeypatch, "13.0", 2)
+    host = probe()
+    assert (host.device, host.device_name, host.num_devices) == ("cuda", "NVIDIA H200", 2)
+    assert (host.compute_capability, host.cuda, host.free_bytes) == ((9, 0), "13.0", 140 << 30)
+    assert host.cpu_cores >= 1 and host.cpu_memory_bytes > 0
+    assert cuda_blockers(host, (8, 0)) == []
+
+
+def test_a_driver_without_a_torch_that_can_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_torch(monkeypatch, None, 0)
+    host = probe()
+    assert host.device == "cpu"
+    assert cuda_blockers(host, (8, 0)) == [
+        "an NVIDIA driver is here, but torch 2.13.0 was built without CUDA: install a CUDA build"
+    ]
+
+
+def test_a_driver_whose_devices_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_torch(monkeypatch, "13.0", 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert probe().problems == ("no CUDA device: torch 2.13.0 finds none (CUDA_VISIBLE_DEVICES is '')",)
