@@ -12,7 +12,7 @@ import xxhash
 
 from runner.chunk import ROW_COLUMN, Chunk, Part
 from runner.config import OutputConfig
-from runner.errors import InternalError
+from runner.errors import ConfigError, InternalError
 from runner.storage import Storage, open_storage, part_path, staged_path
 
 CHUNK_METADATA = b"chunk"
@@ -31,6 +31,11 @@ class Sink:
     def __init__(
         self, folder: str | Storage, schema: pa.Schema, output: OutputConfig, metadata: Mapping[str, str]
     ) -> None:
+        if output.compression_level is not None and not pa.Codec.supports_compression_level(output.compression):
+            raise ConfigError(
+                f"output.compression_level: {output.compression_level} with compression {output.compression}, which "
+                "has no levels; expected null; remove it, or use zstd or gzip"
+            )
         self.schema = schema
         self._storage = open_storage(folder) if isinstance(folder, str) else folder
         self._output = output
