@@ -81,7 +81,11 @@ class RotaryEmbedding:
         lengths = torch.maximum(keys, batch.positions + 1)
         if int(lengths.max()) <= self.own_length:
             return Rotation(batch.positions, self.cos_sin)
-        rows = self._table(batch.positions.float(), dynamic_frequencies(self.spec, self.dim, self.own_length, lengths))
+        scaled = self._table(
+            batch.positions.float(), dynamic_frequencies(self.spec, self.dim, self.own_length, lengths)
+        )
+        # Not the same to the last bit for lengths within the model's own, and no token may notice its neighbours.
+        rows = torch.where((lengths > self.own_length)[:, None], scaled, self.cos_sin[batch.positions])
         return Rotation(torch.arange(batch.num_tokens, device=rows.device), rows)
 
     def _table(self, positions: Tensor, inv_freq: Tensor) -> Tensor:

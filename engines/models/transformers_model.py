@@ -150,7 +150,7 @@ class TransformersModel:
         own = getattr(config, "max_position_embeddings", None) or UNLIMITED
         self.max_model_len = settings.config.max_model_len or own
         self.model = model
-        self.base = model.base_model
+        self.base = split_head(model)
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
         parameters = inspect.signature(self.base.forward).parameters
         self.takes_positions = "position_ids" in parameters
@@ -160,12 +160,8 @@ class TransformersModel:
         self.paged = False
         self.reason = self._route(config)
         """Why the model keeps its own cache; empty when its attention is routed."""
-        if not self.paged and not self.cache_argument:
-            raise UnsupportedModelError(
-                f"{settings.model_path}: {type(model).__name__} has no cache that can be kept ({self.reason}); "
-                f"expected an argument {', '.join(_CACHE_ARGUMENTS)}; this model cannot generate here"
-            )
-        setattr(model, model.base_model_prefix, PassThrough(self.base))
+        if not self.paged:
+            self._check_own_cache(settings.model_path)
 
     def forward(self, batch: Batch, caches: list[KVCache]) -> Tensor:
         if self.paged:
@@ -265,6 +261,16 @@ class TransformersModel:
         self.num_kv_heads, self.head_dim = step.shapes[0]
         return ""
 
+    def _check_own_cache(self, path: str) -> None:
+        """Raises UnsupportedModelError for a model that keeps what it remembers inside its modules, or nowhere."""
+        tokens = _probe_batch(self.model.device).token_ids[None, :5]
+        output = self.base(input_ids=tokens, use_cache=True)
+        if not self.cache_argument or getattr(output, self.cache_argument, None) is None:
+            raise UnsupportedModelError(
+                f"{path}: {type(self.model).__name__} returns no cache that could be kept for each sequence, and "
+                f"{self.reason}; expected one of {', '.join(_CACHE_ARGUMENTS)}; this model cannot run here"
+            )
+
     def _check_probe(self, config: Any, step: ProbeStep, own: Tensor, routed: Tensor) -> None:
         if len(set(step.shapes.values())) != 1:
             raise NotRoutable(f"layers have caches of different shapes: {sorted(set(step.shapes.values()))}")
@@ -322,6 +328,36 @@ def load_transformers_model(settings: EngineSettings, checkpoint: Checkpoint, op
 
 
 _PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+
+
+def split_head(model: Any) -> nn.Module:
+    """The layers of a causal model, taken out of it: what is left, given hidden states, computes the logits.
+
+    Classes differ in which of their modules they call for hidden states, so what is found is tried on a few tokens.
+    Raises UnsupportedModelError when nothing fits.
+    """
+    tokens = _probe_batch(model.device).token_ids[None, :5]
+    expected = model(input_ids=tokens, use_cache=False).logits
+    names = {id(module): name for name, module in model.named_modules()}
+    with_table = model.get_submodule(names[id(model.get_input_embeddings())].rpartition(".")[0])
+    for base in (model.base_model, model.get_decoder(), with_table):
+        if base is model:
+            continue
+        name = names[id(base)]
+        parent_name, _, child = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        hidden = base(input_ids=tokens, use_cache=False).last_hidden_state
+        setattr(parent, child, PassThrough(base))
+        try:
+            if torch.allclose(model(inputs_embeds=hidden).logits, expected, rtol=1e-2, atol=1e-3):
+                return base
+        except (AttributeError, TypeError, ValueError, RuntimeError, NotRoutable):
+            pass  # the class calls another of its modules
+        setattr(parent, child, base)
+    raise UnsupportedModelError(
+        f"{type(model).__name__}: none of its modules computes the hidden states that its head is applied to; "
+        "expected base_model, get_decoder() or the owner of the token table to; this model cannot run here"
+    )
 
 
 def rope_kinds(config: Any) -> set[str]:

@@ -62,6 +62,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
+    "opt": {
+        "architectures": ["OPTForCausalLM"],
+        "model_type": "opt",
+        "vocab_size": 207,
+        "hidden_size": 60,
+        "word_embed_proj_dim": 60,
+        "ffn_dim": 90,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 5,
+        "max_position_embeddings": 400,
+    },
     "falcon_h1": {
         "architectures": ["FalconH1ForCausalLM"],
         "model_type": "falcon_h1",

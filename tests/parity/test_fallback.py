@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from engines.api import UnsupportedModelError
+from engines.api import CheckpointError, UnsupportedModelError
 from engines.models.load import load_model
 from engines.ops import OpSet
 from tests.parity.checkpoints import make_checkpoint
@@ -16,7 +18,7 @@ from tests.parity.fallback import CONFIGS
 from tests.parity.ragged import Driver, settings
 from tests.parity.test_logits import expected_logits, prompts
 
-ROUTED = {"gpt2", "gpt_neox", "gpt_oss", "cohere"}
+ROUTED = {"gpt2", "gpt_neox", "gpt_oss", "cohere", "opt"}
 LENGTHS = (1, 60, 16, 121)
 
 
@@ -92,9 +94,42 @@ def test_a_sequence_that_is_not_held_is_an_error(tmp_path: Path) -> None:
         driver.run({0: torch.arange(2)})
 
 
-def test_not_a_causal_model(tmp_path: Path) -> None:
-    import json
+def test_a_model_that_keeps_its_state_to_itself_is_refused(tmp_path: Path) -> None:
+    config = {
+        "architectures": ["RecurrentGemmaForCausalLM"],
+        "model_type": "recurrent_gemma",
+        "vocab_size": 101,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "lru_width": 32,
+        "attention_window_size": 16,
+    }
+    make_checkpoint(config, tmp_path)
+    with pytest.raises(UnsupportedModelError, match="RecurrentGemmaForCausalLM returns no cache that could be kept"):
+        load_model(settings(tmp_path, implementation="transformers"), OpSet())
 
+
+def test_classification_is_refused(tmp_path: Path) -> None:
+    make_checkpoint(CONFIGS["gpt2"], tmp_path)
+    with pytest.raises(UnsupportedModelError, match="GPT2LMHeadModel cannot classify here"):
+        load_model(settings(tmp_path, implementation="transformers", kind="classify"), OpSet())
+
+
+def test_missing_tensors_are_not_made_up(tmp_path: Path) -> None:
+    """transformers would fill them with random numbers."""
+    make_checkpoint(CONFIGS["gpt_neox"], tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["gpt_neox.extra"] = tensors.pop("gpt_neox.layers.1.mlp.dense_h_to_4h.bias")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError) as error:
+        load_model(settings(tmp_path, implementation="transformers"), OpSet())
+    assert "missing: gpt_neox.layers.1.mlp.dense_h_to_4h.bias" in str(error.value)
+    assert "unexpected: gpt_neox.extra" in str(error.value)
+
+
+def test_not_a_causal_model(tmp_path: Path) -> None:
     make_checkpoint(CONFIGS["gpt2"], tmp_path)
     config = {"architectures": ["NovelForCausalLM"], "model_type": "novel"}
     (tmp_path / "config.json").write_text(json.dumps(config))
