@@ -293,7 +293,7 @@ def rope_spec(
         said = said[layer_type]
     values = {key: value for key, value in said.items() if value is not None}
     kind = values.get("rope_type", values.get("type", "default"))
-    kind = {"su": "longrope", "mrope": "default"}.get(kind, kind)
+    kind = "longrope" if kind == "su" else kind
     if kind not in ("default", "linear", "dynamic", "yarn", "llama3", "longrope"):
         raise UnsupportedModelError(
             f"config.json: rope type {kind!r}; expected default, linear, dynamic, yarn, llama3 or longrope"

@@ -44,8 +44,11 @@ class Driver:
             cache.v.fill_(float("nan"))
         self.done = [0] * len(counts)
 
-    def run(self, pieces: dict[int, Tensor], outputs: Tensor | None = None, total: Sequence[int] = ()) -> Tensor:
-        """Hidden states of new tokens, by sequence. total: the sequences' whole lengths, for context keys."""
+    def run(
+        self, pieces: dict[int, Tensor], outputs: Tensor | None = None, keys: Sequence[int] | None = None
+    ) -> Tensor:
+        """Hidden states of new tokens, by sequence. keys: all sequences' context keys; without, those of prompts that
+        end here."""
         seqs = sorted(pieces)
         new = [len(pieces[i]) for i in seqs]
         positions = [torch.arange(self.done[i], self.done[i] + len(pieces[i])) for i in seqs]
@@ -54,7 +57,8 @@ class Driver:
         for i in seqs:
             self.done[i] += len(pieces[i])
         lengths = torch.tensor([self.done[i] for i in seqs], dtype=torch.int32)
-        whole = total or [self.done[i] for i in range(len(self.done))]
+        if keys is None:
+            keys = [self.model.context_key(done, done) for done in self.done]
         batch = Batch(
             token_ids=torch.cat([pieces[i] for i in seqs]),
             positions=torch.cat(positions),
@@ -66,10 +70,28 @@ class Driver:
             block_tables=self.tables[seqs],
             output_indices=outputs,
             seq_ids=tuple(seqs),
-            context_keys=torch.tensor([self.model.context_key(whole[i], whole[i]) for i in seqs]),
+            context_keys=torch.tensor([keys[i] for i in seqs]),
         )
         with torch.inference_mode():
             return self.model.forward(batch, self.caches)
+
+
+def greedy(model: Model, ops: OpSet, prompts: Sequence[list[int]], num_tokens: int) -> list[list[int]]:
+    """The most likely tokens, all prompts in one batch; a sequence starts again when its context key changes."""
+    driver = Driver(model, ops, torch.float32, [len(prompt) + num_tokens for prompt in prompts])
+    texts, keys = [list(prompt) for prompt in prompts], [0] * len(prompts)
+    for _ in range(num_tokens):
+        for i, text in enumerate(texts):
+            key = model.context_key(len(prompts[i]), len(text))
+            if key != keys[i]:
+                keys[i], driver.done[i] = key, 0
+        pieces = {i: torch.tensor(text[driver.done[i] :]) for i, text in enumerate(texts)}
+        ends = torch.tensor([len(piece) for piece in pieces.values()]).cumsum(0) - 1
+        with torch.inference_mode():
+            best = model.logits(driver.run(pieces, ends, keys)).argmax(-1).tolist()
+        for text, token in zip(texts, best, strict=True):
+            text.append(token)
+    return [text[len(prompt) :] for text, prompt in zip(texts, prompts, strict=True)]
 
 
 def settings(folder: Path, dtype: str = "float32", max_model_len: int | None = None, **changes: Any) -> EngineSettings:

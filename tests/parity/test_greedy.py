@@ -9,10 +9,13 @@ import pytest
 
 from engines import discover
 from engines.api import EngineConfig, EngineSettings, Request, SamplingParams
+from engines.models.load import load_model
 from engines.models.spec import DecoderSpec
+from engines.ops import OpSet
 from tests.parity.checkpoints import make_checkpoint
 from tests.parity.fallback import CONFIGS
-from tests.parity.greedy import NUM_TOKENS, Sample, greedy_samples, make_prompts
+from tests.parity.greedy import LENGTHS, NUM_TOKENS, Sample, greedy_samples, make_prompts
+from tests.parity.ragged import greedy
 
 FAMILIES = discover.families()
 NATIVE = [n for n, f in FAMILIES.items() if isinstance(f.spec(f.tiny_config()), DecoderSpec)]
@@ -101,6 +104,15 @@ def subject(request: pytest.FixtureRequest, subjects: dict[str, Subject], tmp_pa
     if name not in subjects:
         subjects[name] = Subject(name, tmp_path_factory.mktemp(name))
     return subjects[name]
+
+
+@pytest.mark.parametrize("subject", NATIVE + FALLBACK, indirect=True)
+def test_model_alone(subject: Subject) -> None:
+    """A prompt of each length without an engine: tells a fault of the model from one of the engine."""
+    samples = subject.samples[: len(LENGTHS)]
+    ops = OpSet()
+    model = load_model(subject.settings(), ops)
+    check(greedy(model, ops, [sample.prompt for sample in samples], NUM_TOKENS), samples)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)

@@ -65,12 +65,13 @@ def test_chunked_prefill_with_outputs(family: Any) -> None:
     model = load_model(settings(folder, max_model_len=400), ops)
     tokens = prompts(config["vocab_size"], seed=2)
     driver = Driver(model, ops, torch.float32, LENGTHS)
+    keys = [model.context_key(length, length) for length in LENGTHS]
     expected = expected_logits(reference, tokens)
     while any(done < length for done, length in zip(driver.done, LENGTHS, strict=True)):
         pieces = {i: ids[driver.done[i] :][:23] for i, ids in enumerate(tokens) if driver.done[i] < len(ids)}
         last = torch.tensor([len(piece) for piece in pieces.values()]).cumsum(0) - 1
         with torch.inference_mode():
-            found = model.logits(driver.run(pieces, last, total=LENGTHS))
+            found = model.logits(driver.run(pieces, last, keys))
         want = torch.stack([expected[i][driver.done[i] - 1] for i in pieces])
         torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-4)
 
