@@ -114,7 +114,8 @@ class CsvSource(FileSource):
 
 def parse_records(data: bytes, names: list[str], delimiter: str) -> tuple[list[pa.Array], np.ndarray, dict[int, str]]:
     """Binary columns of the records, the ordinal of each row's record, and by position why a record has no fields."""
-    num_records = len(QuotedScanner(delimiter).ends(data)) + (0 if data.endswith(b"\n") or not data else 1)
+    begins = record_begins(data, delimiter)
+    num_records = len(begins) - 1
     invalid: list[tuple[int, str]] = []
 
     def skip(row: pa_csv.InvalidRow) -> str:
@@ -143,20 +144,32 @@ def parse_records(data: bytes, names: list[str], delimiter: str) -> tuple[list[p
     if table.num_rows + len(invalid) != num_records:
         return _parse_slowly(data, names, delimiter)
     columns = [column.combine_chunks() for column in table.columns]
-    return _merge(columns, num_records, {number - 1: why for number, why in invalid})
+    return _merge(columns, _blank(data, begins), {number - 1: why for number, why in invalid})
+
+
+def record_begins(data: bytes, delimiter: str) -> np.ndarray:
+    """Offset of each record, and the end of the last, which needs no newline."""
+    ends = QuotedScanner(delimiter).ends(data)
+    tail = [] if len(ends) and ends[-1] == len(data) else [len(data)]
+    return np.concatenate([[0], ends, tail]).astype(np.int64)
+
+
+def _blank(data: bytes, begins: np.ndarray) -> np.ndarray:
+    """For each record, whether it is an empty line."""
+    lengths = np.diff(begins)
+    first = np.frombuffer(data, np.uint8)[begins[:-1]]
+    return ((lengths == 1) & (first == ord("\n"))) | ((lengths == 2) & (first == ord("\r")))
 
 
 def _merge(
-    columns: list[pa.Array], num_records: int, invalid: dict[int, str]
+    columns: list[pa.Array], blank: np.ndarray, invalid: dict[int, str]
 ) -> tuple[list[pa.Array], np.ndarray, dict[int, str]]:
     """Columns with a row of nulls for each invalid record, and none for blank lines."""
-    records = np.arange(num_records, dtype=np.int64)
-    sound = np.ones(num_records, dtype=bool)
+    records = np.arange(len(blank), dtype=np.int64)
+    sound = np.ones(len(blank), dtype=bool)
     sound[list(invalid)] = False
-    present = sound.copy()
-    present[[number for number, why in invalid.items() if why]] = True
-    if len(columns) == 1:  # an empty field alone on its line is a blank line
-        present[records[sound][columns[0].is_null().to_numpy(zero_copy_only=False)]] = False
+    present = ~blank
+    present[[number for number, why in invalid.items() if not why]] = False
     places = np.where(sound, np.cumsum(sound) - 1, -1)[present]
     if len(places) != len(columns[0]) or (places < 0).any():
         take = pa.array(places, mask=places < 0)
@@ -168,12 +181,10 @@ def _merge(
 
 def _parse_slowly(data: bytes, names: list[str], delimiter: str) -> tuple[list[pa.Array], np.ndarray, dict[int, str]]:
     """Record by record, for what a strict parser of whole blocks gives up on."""
-    begins = [0, *QuotedScanner(delimiter).ends(data).tolist()]
-    if begins[-1] < len(data):
-        begins.append(len(data))
+    begins = record_begins(data, delimiter)
     rows: list[list[bytes | None]] = []
     invalid: dict[int, str] = {}
-    for number, (begin, end) in enumerate(itertools.pairwise(begins)):
+    for number, (begin, end) in enumerate(itertools.pairwise(begins.tolist())):
         text = data[begin:end].decode("utf-8", "surrogateescape")
         try:
             fields = next(csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True), [])
@@ -185,7 +196,7 @@ def _parse_slowly(data: bytes, names: list[str], delimiter: str) -> tuple[list[p
         else:
             invalid[number] = f"{len(fields)} fields; expected {len(names)}" if text.strip() else ""
     columns = [pa.array([row[index] for row in rows], pa.binary()) for index in range(len(names))]
-    return _merge(columns, len(begins) - 1, invalid)
+    return _merge(columns, _blank(data, begins), invalid)
 
 
 def infer_type(column: pa.Array) -> pa.DataType:

@@ -42,6 +42,7 @@ class QuotedScanner:
         self._separators = np.frombuffer(f"{delimiter}\r\n".encode(), np.uint8)
         self._in_quotes = False
         self._last = ord("\n")
+        """The byte before the block; 0 in place of a quote that means nothing."""
 
     def ends(self, block: bytes) -> np.ndarray:
         data = np.frombuffer(block, np.uint8)
@@ -58,7 +59,8 @@ class QuotedScanner:
         inside = (np.searchsorted(toggles, newlines) % 2 == 1) != in_quotes
         self._in_quotes = (len(toggles) % 2 == 1) != in_quotes
         if len(data):
-            self._last = int(data[-1])
+            literal = data[-1] == ord('"') and (not len(toggles) or toggles[-1] != len(data) - 1)
+            self._last = 0 if literal else int(data[-1])
         return newlines[~inside] + 1
 
     def _walk(self, data: np.ndarray, quotes: np.ndarray) -> np.ndarray:

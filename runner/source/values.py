@@ -23,12 +23,13 @@ MAX_FIELDS = 256
 
 def infer_type(values: Sequence[Any], depth: int = 0) -> pa.DataType:
     """The type that holds all the values."""
-    try:
-        found = pa.array(values).type  # Arrow infers alike where the values agree, and faster
-        if _allowed(found):
-            return found
-    except (pa.ArrowException, TypeError, ValueError, OverflowError):
-        pass
+    if depth == 0:
+        try:
+            found = pa.array(values).type  # Arrow infers alike where the values agree, and faster
+            if _allowed(found):
+                return found
+        except (pa.ArrowException, TypeError, ValueError, OverflowError):
+            pass
     found = pa.null()
     for value in values:
         found = _merge(found, _type_of(value, depth))
@@ -81,7 +82,7 @@ def fit(value: Any, data_type: pa.DataType) -> Any:
     if value is None:
         return None
     if types.is_string(data_type):
-        return value if isinstance(value, str) else orjson.dumps(value).decode()
+        return value if isinstance(value, str) else _json_text(value)
     if types.is_boolean(data_type) and isinstance(value, bool):
         return value
     if types.is_integer(data_type) and isinstance(value, (int, float)) and not isinstance(value, bool):
@@ -95,6 +96,13 @@ def fit(value: Any, data_type: pa.DataType) -> Any:
         return {field.name: fit(value.get(field.name), field.type) for field in data_type}
     text = repr(value)
     raise ValueError(f"found {text if len(text) <= 60 else text[:57] + '...'}; expected {data_type}")
+
+
+def _json_text(value: Any) -> str:
+    try:
+        return orjson.dumps(value).decode()
+    except TypeError:  # orjson's limit of 254 levels
+        raise ValueError("found a value nested too deep; expected at most 250 levels") from None
 
 
 def _type_of(value: Any, depth: int = 0) -> pa.DataType:
