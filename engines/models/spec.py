@@ -292,7 +292,7 @@ def rope_spec(
     if layer_type is not None and isinstance(said.get(layer_type), Mapping):
         said = said[layer_type]
     values = {key: value for key, value in said.items() if value is not None}
-    kind = values.get("rope_type", values.get("type", "default"))
+    kind: Any = values.get("rope_type", values.get("type", "default"))
     kind = "longrope" if kind == "su" else kind
     if kind not in ("default", "linear", "dynamic", "yarn", "llama3", "longrope"):
         raise UnsupportedModelError(
