@@ -50,6 +50,8 @@ SUCCESS_FILE = "_SUCCESS"
 LEDGER_FOLDER = "ledger"
 ROLLUP_ENTRIES = 1000
 """Entries that are copied into one file, and the most that opening a ledger reads one by one for long."""
+MAX_ROLLUP_ENTRIES = 10_000
+"""In one file: what is in memory twice while it is read."""
 _VERSION = 1
 
 
@@ -273,13 +275,14 @@ class Ledger:
 
     def _roll_up(self) -> None:
         names = sorted(self._entries.keys() - self._rolled)
-        if len(names) > 1:
-            lines = b"\n".join(_encode(self._entries[name]) for name in names)
+        for begin in range(0, len(names), MAX_ROLLUP_ENTRIES):
+            some = names[begin : begin + MAX_ROLLUP_ENTRIES]
+            lines = b"\n".join(_encode(self._entries[name]) for name in some)
             # Named by content: processes that copy the same entries at the same time make one file.
             rollup = f"rollup-{xxhash.xxh3_64_hexdigest(lines)}.jsonl"
             self.storage.create(f"{LEDGER_FOLDER}/{rollup}", lines)
             self._rollups.add(rollup)
-        self._rolled.update(names)
+            self._rolled.update(some)
 
     def _decode(self, name: str, data: bytes) -> Part:
         try:

@@ -45,8 +45,9 @@ class Source(Protocol):
         """The rows of a chunk that pass the filter, in order: `columns` (None: all), then ROW_COLUMN.
 
         Where the batch has rows that could not be read (a malformed line, a value that is not of its column's type), a
-        last column ERROR_COLUMN says why, null for the others; such rows have nulls in place of what could not be read,
-        pass every filter and count for the limit. Without such rows there is no such column.
+        last column ERROR_COLUMN says why, null for the others; such rows have nulls in place of what could not be read.
+        Where the filter cannot be asked (a broken line, a value that a filter column does not hold) the row is kept,
+        and counts for the limit. Without such rows there is no such column.
 
         Raises InputError, naming the file, when its content is no longer the one that the chunk was made from.
         """

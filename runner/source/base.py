@@ -7,7 +7,7 @@ and limit take rows away and renumber nothing. A chunk never spans two files.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,13 @@ from runner.config import DatasetConfig
 from runner.errors import InputError
 from runner.source.filter import Filter, parse
 from runner.source.paths import InputFile, partition_fields, partition_value
+
+UNREADABLE_COLUMN = "_unreadable"
+"""bool column that a format adds to ERROR_COLUMN: rows of which the filter cannot be asked, so that they are kept.
+
+That is where the whole record is broken or a column of the filter is. It must not depend on the columns that are read,
+or a row would count at one time and not at another.
+"""
 
 
 class Range(NamedTuple):
@@ -59,7 +66,9 @@ class FileSource(ABC):
 
     @abstractmethod
     def read_range(self, file: InputFile, chunk: Chunk, columns: list[str]) -> pa.Table:
-        """Rows of a chunk in order: these columns of the file, then ROW_COLUMN, and ERROR_COLUMN if rows are bad.
+        """Rows of a chunk in order: these columns of the file, then ROW_COLUMN.
+
+        If rows are bad, ERROR_COLUMN and UNREADABLE_COLUMN follow: see `error_columns`.
 
         May leave out rows that cannot pass the filter. Types may differ from the schema's where they can be cast.
         """
@@ -101,7 +110,7 @@ class FileSource(ABC):
         if self._filter is not None:
             keep = self._filter.expression
             if ERROR_COLUMN in table.schema.names:
-                keep = keep | pc.field(ERROR_COLUMN).is_valid()
+                keep = keep | pc.field(UNREADABLE_COLUMN)
             table = table.filter(keep)
         if ERROR_COLUMN in table.schema.names and table.column(ERROR_COLUMN).null_count == table.num_rows:
             table = table.drop_columns([ERROR_COLUMN])
@@ -152,7 +161,7 @@ class FileSource(ABC):
             else:
                 arrays.append(self._conform(table.column(name), field, file))
             fields.append(field)
-        for name in (ROW_COLUMN, ERROR_COLUMN):
+        for name in (ROW_COLUMN, ERROR_COLUMN, UNREADABLE_COLUMN):
             if name in table.schema.names:
                 arrays.append(table.column(name))
                 fields.append(table.schema.field(name))
@@ -172,6 +181,29 @@ class FileSource(ABC):
             f"{file.name}: column {field.name} is {found}{f' ({why})' if why else ''}; expected {field.type}, as in "
             f"{self.files[0].name}; give all files one schema"
         )
+
+    def error_columns(
+        self, num_rows: int, broken: Mapping[int, str], misfits: Mapping[str, Mapping[int, str]]
+    ) -> dict[str, pa.Array]:
+        """ERROR_COLUMN and UNREADABLE_COLUMN; {} if nothing is wrong.
+
+        Args:
+            broken: Why a record cannot be read, by position.
+            misfits: Values that are not of their column's type: column -> position -> what was found.
+        """
+        errors = dict(broken)
+        unreadable = set(broken)
+        for name, found in misfits.items():
+            for position, why in found.items():
+                errors.setdefault(position, f"column {name}: {why}")
+            if self._filter is not None and name in self._filter.columns:
+                unreadable |= found.keys()
+        if not errors:
+            return {}
+        return {
+            ERROR_COLUMN: pa.array([errors.get(position) for position in range(num_rows)], pa.string()),
+            UNREADABLE_COLUMN: pa.array([position in unreadable for position in range(num_rows)], pa.bool_()),
+        }
 
     def check_columns(self, file: InputFile, schema: pa.Schema) -> None:
         """Raise InputError if a file lacks a column or has one of a type that has nothing to do with the first's."""

@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 
-from runner.chunk import ERROR_COLUMN, ROW_COLUMN, Chunk
+from runner.chunk import ROW_COLUMN, Chunk
 from runner.config import DatasetConfig
 from runner.errors import InputError
 from runner.source.base import FileSource, Range
@@ -92,19 +92,14 @@ class CsvSource(FileSource):
             raise InputError(
                 f"{file.name}: chunk {chunk.index} has over 2 GiB; expected less; lower dataset.chunk_rows"
             )
-        parsed, records, bad = parse_records(data, header.names, header.delimiter)
-        arrays: list[pa.Array] = []
+        parsed, records, broken = parse_records(data, header.names, header.delimiter)
+        arrays: dict[str, pa.Array] = {}
+        misfits: dict[str, dict[int, str]] = {}
         for name in columns:
-            array, misfits = convert(parsed[header.names.index(name)], self.schema.field(name).type)
-            arrays.append(array)
-            for position in misfits.tolist():
-                bad.setdefault(position, f"column {name}: {_shown(parsed[header.names.index(name)], position, array)}")
-        arrays.append(pa.array(records + chunk.start))
-        names = [*columns, ROW_COLUMN]
-        if bad:
-            arrays.append(pa.array([bad.get(position) for position in range(len(records))], pa.string()))
-            names.append(ERROR_COLUMN)
-        return pa.Table.from_arrays(arrays, names)
+            arrays[name], misfits[name] = convert(parsed[header.names.index(name)], self.schema.field(name).type)
+        arrays[ROW_COLUMN] = pa.array(records + chunk.start)
+        arrays |= self.error_columns(len(records), broken, misfits)
+        return pa.Table.from_arrays(list(arrays.values()), list(arrays))
 
     def _header(self, file: InputFile) -> _Header:
         if file.name not in self._headers:
@@ -217,20 +212,21 @@ def infer_type(column: pa.Array) -> pa.DataType:
     return data_type
 
 
-def convert(column: pa.Array, data_type: pa.DataType) -> tuple[pa.Array, np.ndarray]:
-    """A binary column in its type, and the positions of values that are not of it, which become null."""
+def convert(column: pa.Array, data_type: pa.DataType) -> tuple[pa.Array, dict[int, str]]:
+    """A binary column in its type, and by position the values that are not of it, which become null."""
     try:
-        return _cast(column, data_type), np.zeros(0, np.int64)
+        return _cast(column, data_type), {}
     except pa.ArrowException:
         pass
-    result, misfits = [], []
-    for position, value in enumerate(column):
+    result, misfits = [], {}
+    for position, value in enumerate(column.to_pylist()):
         try:
-            result.append(_cast(pa.array([value.as_py()], pa.binary()), data_type)[0].as_py())
+            result.append(_cast(pa.array([value], pa.binary()), data_type)[0].as_py())
         except pa.ArrowException:
+            text = repr(value.decode("utf-8", "backslashreplace"))
+            misfits[position] = f"found {text if len(text) <= 60 else text[:57] + '...'}; expected {data_type}"
             result.append(None)
-            misfits.append(position)
-    return pa.array(result, data_type), np.array(misfits, dtype=np.int64)
+    return pa.array(result, data_type), misfits
 
 
 def _cast(column: pa.Array, data_type: pa.DataType) -> pa.Array:
@@ -239,11 +235,6 @@ def _cast(column: pa.Array, data_type: pa.DataType) -> pa.Array:
         return text
     trimmed = pc.utf8_trim_whitespace(text)
     return pc.if_else(pc.equal(trimmed, ""), None, trimmed).cast(data_type)
-
-
-def _shown(column: pa.Array, position: int, converted: pa.Array) -> str:
-    value = repr(column[position].as_py().decode("utf-8", "backslashreplace"))
-    return f"found {value if len(value) <= 60 else value[:57] + '...'}; expected {converted.type}"
 
 
 def _unique(names: list[str]) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import orjson
 import pyarrow as pa
 
-from runner.chunk import ERROR_COLUMN, ROW_COLUMN, Chunk
+from runner.chunk import ROW_COLUMN, Chunk
 from runner.config import DatasetConfig
 from runner.errors import InputError
 from runner.source import values
@@ -79,33 +79,28 @@ class JsonLinesSource(FileSource):
             data = data.removeprefix(_BOM)
         rows: list[dict[str, Any]] = []
         numbers: list[int] = []
-        errors: dict[int, str] = {}
+        broken: dict[int, str] = {}
         for number, line in enumerate(data.split(b"\n")[: chunk.num_rows], chunk.start):
             row, error = parse_line(line)
             if error is not None:
-                errors[len(rows)] = error
+                broken[len(rows)] = error
             elif row is None:
                 continue
             rows.append(row or {})
             numbers.append(number)
-        return self.table(rows, numbers, errors, columns)
+        return self.table(rows, numbers, broken, columns)
 
     def table(
-        self, rows: list[dict[str, Any]], numbers: list[int], errors: dict[int, str], columns: list[str]
+        self, rows: list[dict[str, Any]], numbers: list[int], broken: dict[int, str], columns: list[str]
     ) -> pa.Table:
-        """Columns out of parsed rows; `errors` by position in rows."""
-        arrays: list[pa.Array] = []
+        """Columns out of parsed rows; `broken`: why a row has no values, by position."""
+        arrays: dict[str, pa.Array] = {}
+        misfits: dict[str, dict[int, str]] = {}
         for name in columns:
-            array, misfits = values.column([row.get(name) for row in rows], self.schema.field(name).type)
-            arrays.append(array)
-            for position, why in misfits.items():
-                errors.setdefault(position, f"column {name}: {why}")
-        arrays.append(pa.array(numbers, pa.int64()))
-        names = [*columns, ROW_COLUMN]
-        if errors:
-            arrays.append(pa.array([errors.get(position) for position in range(len(rows))], pa.string()))
-            names.append(ERROR_COLUMN)
-        return pa.Table.from_arrays(arrays, names)
+            arrays[name], misfits[name] = values.column([row.get(name) for row in rows], self.schema.field(name).type)
+        arrays[ROW_COLUMN] = pa.array(numbers, pa.int64())
+        arrays |= self.error_columns(len(rows), broken, misfits)
+        return pa.Table.from_arrays(list(arrays.values()), list(arrays))
 
 
 def parse_line(line: bytes) -> tuple[dict[str, Any] | None, str | None]:

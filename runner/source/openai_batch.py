@@ -73,17 +73,17 @@ class OpenAIBatchSource(JsonLinesSource):
         return SCHEMA
 
     def table(
-        self, rows: list[dict[str, Any]], numbers: list[int], errors: dict[int, str], columns: list[str]
+        self, rows: list[dict[str, Any]], numbers: list[int], broken: dict[int, str], columns: list[str]
     ) -> pa.Table:
         flat = []
         for position, row in enumerate(rows):
             try:
-                flat.append({} if position in errors else flatten(row))
+                flat.append({} if position in broken else flatten(row))
             except ValueError as error:
                 custom_id = row.get("custom_id")
                 flat.append({"custom_id": custom_id} if isinstance(custom_id, str) else {})
-                errors[position] = str(error)
-        return super().table(flat, numbers, errors, columns)
+                broken[position] = str(error)
+        return super().table(flat, numbers, broken, columns)
 
 
 def flatten(request: dict[str, Any]) -> dict[str, Any]:

@@ -79,9 +79,7 @@ WRITERS: dict[str, Callable[[Path], str]] = {
     name.removeprefix("_write_"): function for name, function in globals().items() if name.startswith("_write_")
 }
 FORMATS = [
-    module.name
-    for module in pkgutil.iter_modules(runner.source.__path__)
-    if module.name not in runner.source._SHARED  # pyright: ignore
+    module.name for module in pkgutil.iter_modules(runner.source.__path__) if module.name not in runner.source._SHARED
 ]
 
 

@@ -23,6 +23,8 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import runner.config
+import runner.source.jsonl
 import runner.source.lines
 from runner.chunk import ERROR_COLUMN, FILE_COLUMN, ROW_COLUMN
 from runner.config import DatasetConfig
@@ -286,7 +288,19 @@ def test_bad_lines_are_error_rows(tmp_path: Path, suffix: str, monkeypatch: pyte
             (row["id"], row[ROW_COLUMN]) for row in whole
         ]
     assert [row[ROW_COLUMN] for row in rows_of(path, limit=4)] == [0, 1, 3, 4]
-    assert [row[ROW_COLUMN] for row in rows_of(path, filter="id > 8")] == [3, 4, 5, 6, 8, 9, 10, 11]
+    kept = [3, 4, 5, 6, 8, 9, 10, 11]
+    assert [row[ROW_COLUMN] for row in rows_of(path, filter="id > 8")] == kept
+    for columns in ([], ["m"], ["id", "m"], None):  # what is read has no say in what passes
+        assert [row[ROW_COLUMN] for row in rows_of(path, columns, filter="id > 8", limit=6)] == kept[:6]
+        assert [row[ROW_COLUMN] for row in rows_of(path, columns, filter="m is null and id < 5")] == [
+            1,
+            3,
+            4,
+            5,
+            6,
+            8,
+            10,
+        ]
 
 
 def test_types_come_from_many_rows(tmp_path: Path) -> None:
@@ -425,3 +439,16 @@ except InputError as error:
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("dataset.path: nobody/nothing: ") and "save it with save_to_disk" in done.stdout
+
+
+def test_names_keep_the_prefix_of_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "jobs/data").mkdir(parents=True)
+    polars.DataFrame({"n": [1]}).write_parquet(tmp_path / "jobs/data/a.parquet")
+
+    def resolve_path(path: str) -> str:
+        return str(tmp_path / path.partition(":")[2])
+
+    monkeypatch.setattr(runner.config, "resolve_path", resolve_path, raising=False)
+    for path in ("project:jobs/data/*.parquet", "project:jobs/data", "project:jobs/data/a.parquet"):
+        (chunk,) = open_source(DatasetConfig(path)).chunks()
+        assert chunk.file == "project:jobs/data/a.parquet"
