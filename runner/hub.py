@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from runner import config
 from runner.config import ModelConfig
 from runner.errors import InputError
 
@@ -19,9 +20,7 @@ def model_folder(model: ModelConfig, weights: bool = True) -> str:
 
     Raises InputError, with what to do, for a path that is neither, and when the hub has no such model or no answer.
     """
-    from runner.config import resolve_path
-
-    path = resolve_path(model.path)
+    path = config.resolve_path(model.path)
     if Path(path).exists():
         return path
     if path != model.path or not _HUB_ID.fullmatch(path):

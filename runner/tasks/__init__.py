@@ -1,6 +1,7 @@
 """What is done with a row. One module a task, found by its file name.
 
-A task module exports `Config` (a TaskConfig subclass whose fields are the task's YAML keys) and `build(job, prompter)`.
+A task module exports `Config` (a TaskConfig subclass whose fields are the task's YAML keys), `KIND` (what it asks of
+the engine: an engines.api.Kind) and `build(job, checkpoint, tokenizer, max_model_len)`.
 """
 
 from __future__ import annotations
