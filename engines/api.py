@@ -8,10 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 Kind = Literal["generate", "score", "embed", "classify"]
 FinishReason = Literal["stop", "length", "error"]
+
+
+def bounded(default: Any, **bounds: Any) -> Any:
+    """A field with bounds in its metadata: ge, gt, le, lt, choices, power_of_two. Who reads a configuration checks."""
+    return field(default=default, metadata=bounds)
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,24 +26,32 @@ class SamplingParams:
     Penalties apply to greedy decoding too (`temperature=0`).
     """
 
-    temperature: float = 0.0
-    """0 is greedy."""
-    top_k: int = 0
+    temperature: float = bounded(0.0, ge=0)
+    """0 is greedy: always the most probable token. Below 1 sharpens the distribution, above 1 flattens it."""
+    top_k: int = bounded(0, ge=0)
     """Keep the k most probable tokens; 0 keeps all."""
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    top_p: float = bounded(1.0, gt=0, le=1)
+    """Keep the most probable tokens that together have this probability; 1 keeps all."""
+    min_p: float = bounded(0.0, ge=0, le=1)
+    """Keep tokens at least this share as probable as the most probable one; 0 keeps all."""
+    repetition_penalty: float = bounded(1.0, gt=0)
     """Multiplicative, over prompt and output (CTRL, arXiv 1909.05858); 1 is off."""
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    max_tokens: int | None = 256
-    """None: as many as the context holds."""
-    min_tokens: int = 0
+    presence_penalty: float = bounded(0.0, ge=-2, le=2)
+    """Taken from the logit of each token that the output already has; 0 is off."""
+    frequency_penalty: float = bounded(0.0, ge=-2, le=2)
+    """Taken from the logit of a token once for each time that the output has it; 0 is off."""
+    max_tokens: int | None = bounded(256, ge=1)
+    """Longest output in tokens; null: as many as the context holds."""
+    min_tokens: int = bounded(0, ge=0)
+    """Neither end-of-sequence nor a stop token ends the output before this many tokens."""
     stop: tuple[str, ...] = ()
+    """Texts that end the output; they are not part of it."""
     stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end the output, besides the checkpoint's own end-of-sequence tokens."""
     ignore_eos: bool = False
-    logprobs: int | None = None
-    """None: none. 0: the chosen token's. k: the k most probable tokens' as well, before penalties and temperature."""
+    """Go on after end-of-sequence, up to max_tokens: for measurements of speed."""
+    logprobs: int | None = bounded(None, ge=0)
+    """null: none. 0: the chosen token's. k: the k most probable tokens' as well, before penalties and temperature."""
 
 
 @dataclass(slots=True)
@@ -115,19 +128,19 @@ class EngineStats:
 class EngineConfig:
     """Settings that mean the same in every engine. A backend's own settings extend this class in its offers.py."""
 
-    dtype: str = "auto"
-    """Compute dtype: auto (the checkpoint's, where the device can), float32, float16 or bfloat16."""
-    max_model_len: int | None = None
+    dtype: str = bounded("auto", choices=("auto", "float32", "float16", "bfloat16"))
+    """Compute dtype; auto: the checkpoint's, where the device can."""
+    max_model_len: int | None = bounded(None, ge=1)
     """Longest prompt + output in tokens; null: the model's own length."""
-    max_num_seqs: int = 128
+    max_num_seqs: int = bounded(128, ge=1)
     """Sequences decoded together."""
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: int = bounded(2048, ge=1)
     """New tokens computed in one step, prefill and decode together; long prompts are split to fit (chunked prefill)."""
-    block_size: int = 32
+    block_size: int = bounded(32, power_of_two=True)
     """Tokens in a block of the KV cache; a power of two."""
-    kv_cache_bytes: int | None = None
+    kv_cache_bytes: int | None = bounded(None, ge=1)
     """Size of the KV cache; null: `kv_memory_fraction` of what is free once the weights are loaded."""
-    kv_memory_fraction: float = 0.5
+    kv_memory_fraction: float = bounded(0.5, gt=0, le=1)
     """Share of the free memory that the KV cache may take when kv_cache_bytes is null."""
     prefix_caching: bool = True
     """Keep the KV of finished prefixes and reuse it for prompts that begin alike."""

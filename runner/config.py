@@ -6,15 +6,25 @@ field's metadata. Composition is Hydra's; `load` turns the composed tree into a 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import dataclasses
+import importlib
+import importlib.util
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from engines.api import EngineConfig, SamplingParams
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-
-def bounded(default: Any, **bounds: Any) -> Any:
-    """A field with bounds: ge, gt, le, lt (numbers), choices (strings), each checked by `load`."""
-    return field(default=default, metadata=bounds)
+from engines import discover
+from engines.api import EngineConfig, SamplingParams, bounded
+from runner import schema
+from runner.errors import ConfigError
+from runner.schema import Key
+from runner.secrets import mask
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,9 @@ class OutputConfig:
     keep_columns: list[str] | None = None
     """Input columns carried over to the output; null: all of them."""
     compression: str = bounded("zstd", choices=("zstd", "snappy", "lz4", "gzip", "none"))
+    """Of the Parquet pages."""
     compression_level: int | None = None
+    """For zstd (1 to 22) and gzip (1 to 9); higher is smaller and slower; null: the compressor's own default."""
     row_group_rows: int = bounded(10_000, ge=1)
     """Rows in a Parquet row group."""
     token_ids: bool = False
@@ -96,7 +108,9 @@ class ShardConfig:
     """The slice of the job that this process takes: chunks with index % count == shard.index."""
 
     index: int = bounded(0, ge=0)
+    """Number of this slice, from 0."""
     count: int = bounded(1, ge=1)
+    """Number of slices; each may run at any time and on any machine that sees the output folder."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +120,11 @@ class HostConfig:
     name: str = "this"
     """`this` is probed; any other name is described by the keys below and can only be planned for."""
     device: str = bounded("cpu", choices=("cpu", "cuda", "rocm", "xpu", "ascend", "maca", "camb"))
+    """Kind of accelerator; cpu: none."""
     device_name: str = ""
+    """As its maker calls it; for people only."""
     num_devices: int = bounded(1, ge=1)
+    """Equal devices in the machine."""
     compute_capability: str | None = None
     """As "9.0", for CUDA devices."""
     memory_gib: float = bounded(0.0, ge=0)
@@ -123,11 +140,22 @@ class HostConfig:
     """Of the whole machine, in any currency; plans then show cost."""
 
 
+@dataclass(frozen=True, slots=True)
+class SamplingConfig(SamplingParams):
+    """How the next token is chosen and when an output ends; names and meanings are those of vLLM and OpenAI."""
+
+    n: int = bounded(1, ge=1, le=1024)
+    """Outputs per row; more than one makes the output columns lists."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Per-row overrides: sampling parameter -> input column that has it; null in a row: the value given here."""
+
+
 @dataclass(frozen=True)
 class TaskConfig:
     """What is done with a row. Each task in runner/tasks extends this with its own keys."""
 
     name: str
+    """The task: a module of runner/tasks."""
 
 
 @dataclass(frozen=True)
@@ -135,7 +163,7 @@ class JobConfig:
     """Everything that a job is."""
 
     name: str
-    """Name of the job and of its output folder."""
+    """Name of the job and of its output folder. null: made of the model, dataset and task that were chosen."""
     model: ModelConfig
     dataset: DatasetConfig
     task: TaskConfig
@@ -165,6 +193,7 @@ class JobConfig:
     max_error_rate: float = bounded(0.5, ge=0, le=1)
     """Stop when more than this share of the rows so far (at least 100) ended in an error."""
     max_consecutive_errors: int | None = bounded(1000, ge=1)
+    """Stop after this many rows in a row that ended in an error; null: never for this reason."""
     retry_errors: bool = False
     """Run again only the rows of a finished job that ended in an error, and put the results in their place."""
     max_runtime_s: float | None = bounded(None, gt=0)
@@ -173,3 +202,214 @@ class JobConfig:
     """After a signal: longest time to journal what is finished and leave."""
     window_rows: int = bounded(4096, ge=1)
     """Rows read ahead of the engine, which orders them by shared prefixes and length."""
+
+
+PROJECT_FOLDER = Path(__file__).resolve().parent.parent
+"""What holds conf and, in a source checkout, jobs."""
+NOT_IN_YAML = ("samples", "sampling_columns")
+"""Fields of JobConfig that YAML has elsewhere: sampling.n and sampling.columns."""
+ENGINE_NAME = Key(
+    "name",
+    str,
+    "auto",
+    {"choices": ("auto", "cuda", "triton", "cpu")},
+    "The engine that these settings are for; any but auto chooses it, as the key backend does.",
+)
+COMPRESSION_LEVELS = {"zstd": range(1, 23), "gzip": range(1, 10)}
+
+
+def load(cfg: DictConfig) -> JobConfig:
+    """The job that a composed configuration describes.
+
+    Raises ConfigError with all that is wrong with it, a line for each finding.
+    """
+    try:
+        tree: Any = OmegaConf.to_container(cfg, resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_interpolation_message(error)) from None
+    findings: list[str] = []
+    backend = _backend(tree, findings)
+    task = _task_module(tree, findings)
+    known = job_keys(backend, task)
+    if findings and task is None:  # without a task its keys cannot be judged
+        known = [replace(key, hint=Any) if key.name == "task" else key for key in known]
+    values = schema.arguments(known, tree, "", findings)
+    if findings:
+        raise ConfigError("\n".join(findings))
+    sampling: SamplingConfig = values.pop("sampling")
+    params = {f.name: getattr(sampling, f.name) for f in dataclasses.fields(SamplingParams)}
+    job = JobConfig(
+        **{**values, "backend": backend},
+        samples=sampling.n,
+        sampling_columns=sampling.columns,
+        sampling=SamplingParams(**params),
+    )
+    if findings := combinations(job, getattr(task, "KIND", None)):
+        raise ConfigError("\n".join(findings))
+    return job
+
+
+def job_keys(backend: str = "auto", task: Any = None) -> list[Key]:
+    """The keys of a whole configuration, with the settings of that engine and of that task module."""
+    hints = {
+        "sampling": SamplingConfig,
+        "backend_config": backend_class(backend),
+        "task": task.Config if task is not None else TaskConfig,
+    }
+    found = [key for key in schema.keys(JobConfig) if key.name not in NOT_IN_YAML]
+    return [replace(key, hint=hints.get(key.name, key.hint)) for key in found]
+
+
+def backend_class(backend: str) -> type[EngineConfig]:
+    """The settings of an engine; those that all engines share for auto."""
+    return EngineConfig if backend == "auto" else importlib.import_module(f"engines.{backend}.offers").Config
+
+
+def task_modules() -> dict[str, Any]:
+    """The tasks by name: modules of runner.tasks that have a Config."""
+    return {name: module for name, module in discover.modules("runner.tasks").items() if hasattr(module, "Config")}
+
+
+def devices_used(parallelism: ParallelismConfig) -> int:
+    """Devices that a job takes: tp for each of dp copies. Experts are spread over these same devices (ep adds none)."""
+    return parallelism.tp * parallelism.dp
+
+
+def combinations(job: JobConfig, kind: str | None) -> list[str]:
+    """What is wrong with values that are each sound, a line for each finding. kind: what the task asks of an engine."""
+    return [*_sampling_findings(job, kind), *_output_findings(job), *_run_findings(job)]
+
+
+def _sampling_findings(job: JobConfig, kind: str | None) -> Iterator[str]:
+    sampling, columns, generating = job.sampling, job.sampling_columns, kind in ("generate", None)
+    if job.samples > 1 and not generating:
+        yield (
+            f"sampling.n: {job.samples} with task {job.task.name}; expected 1, as only tasks that generate have "
+            "several outputs; set sampling.n=1"
+        )
+    elif job.samples > 1 and sampling.temperature == 0 and "temperature" not in columns:
+        yield (
+            f"sampling.n: {job.samples} with sampling.temperature=0; expected a temperature above 0, as greedy outputs "
+            "are all alike; raise the temperature or set sampling.n=1"
+        )
+    if columns and not generating:
+        yield (
+            f"sampling.columns: {', '.join(columns)} with task {job.task.name}; expected none, as only tasks that "
+            "generate sample; remove it"
+        )
+    known = [key.name for key in schema.keys(SamplingParams)]
+    for name in columns:
+        if name not in known:
+            yield (
+                f"sampling.columns.{name}: no such sampling parameter; expected one of {', '.join(known)}; "
+                + schema.advice(name, known, "remove it")
+            )
+    if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
+        yield (
+            f"sampling.min_tokens: {sampling.min_tokens}; expected at most sampling.max_tokens, which is "
+            f"{sampling.max_tokens}; lower the one or raise the other"
+        )
+
+
+def _output_findings(job: JobConfig) -> Iterator[str]:
+    name, compression, level = job.name, job.output.compression, job.output.compression_level
+    if name in ("", ".", "..") or any(char in name for char in "/\\\0\n") or len(name.encode(errors="replace")) > 200:
+        yield f"name: {name!r}; expected a name for a folder, at most 200 bytes; leave out slashes, or shorten it"
+    levels = COMPRESSION_LEVELS.get(compression, range(0))
+    if level is not None and level not in levels:
+        expected = f"{levels[0]} to {levels[-1]}, or null" if levels else "null"
+        yield f"output.compression_level: {level} with compression {compression}; expected {expected}; correct it"
+
+
+def _run_findings(job: JobConfig) -> Iterator[str]:
+    if job.retry_errors and job.mode != "run":
+        yield f"retry_errors: true with mode={job.mode}; expected mode=run; remove one of them"
+    if job.shard.index >= job.shard.count:
+        yield (
+            f"shard.index: {job.shard.index}; expected less than shard.count, which is {job.shard.count} (the first is "
+            "0); correct it"
+        )
+    devices = devices_used(job.parallelism)
+    if devices % job.parallelism.ep:
+        yield f"parallelism.ep: {job.parallelism.ep}; expected a divisor of tp * dp, which is {devices}; correct it"
+    for key in schema.keys(ParallelismConfig):
+        value = getattr(job.parallelism, key.name)
+        if value > 1 and job.mode != "plan":
+            yield (
+                f"parallelism.{key.name}: {value} is not available yet; expected 1; set parallelism=single, or "
+                "mode=plan to see what would run"
+            )
+
+
+def resolve_path(path: str) -> str:
+    """A path with its prefix resolved: `package:<python package>/<folder>` to where the package is installed (it is not
+    imported), `project:<folder>` to the folder that holds `conf`, `~` to the home folder. Others come back as they are.
+
+    Raises ConfigError when there is no such package.
+    """
+    prefix, separator, rest = path.partition(":")
+    if not separator or prefix not in ("package", "project"):
+        return str(Path(path).expanduser()) if path.startswith("~") else path
+    if prefix == "project":
+        return str(PROJECT_FOLDER / rest)
+    package, _, folder = rest.partition("/")
+    found = _package_folder(package)
+    if found is None:
+        raise ConfigError(
+            f"{path}: no Python package {package!r} is installed here; expected package:<package>/<folder>; "
+            f"pip install {package.replace('_', '-')}, or give a path"
+        )
+    return str(found / folder)
+
+
+def _package_folder(package: str) -> Path | None:
+    spec = importlib.util.find_spec(package) if package.isidentifier() else None
+    locations = list(spec.submodule_search_locations or ()) if spec else []
+    return Path(locations[0]) if locations else None
+
+
+def to_yaml(job: JobConfig) -> str:
+    """The whole configuration of a job, resolved, as YAML that can be run again; credentials stand as ***."""
+    tree = json.loads(json.dumps(dataclasses.asdict(job)))
+    tree["sampling"] |= {"n": tree.pop("samples"), "columns": tree.pop("sampling_columns")}
+    tree["backend_config"] = {"name": job.backend, **tree["backend_config"]}
+    return mask(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+
+
+def _backend(tree: dict[str, Any], findings: list[str]) -> str:
+    """The engine that was chosen by `backend` and `backend_config.name`, which is taken out of the tree."""
+    settings = tree.get("backend_config")
+    given = {"backend": tree.get("backend", "auto")}
+    if isinstance(settings, dict) and "name" in settings:
+        given["backend_config.name"] = settings.pop("name")
+    for path, value in given.items():
+        if value not in ENGINE_NAME.bounds["choices"]:
+            if path != "backend":  # `backend` itself is among the keys that are checked
+                findings.append(schema.finding(path, value, ENGINE_NAME))
+            return "auto"
+    chosen = sorted({value for value in given.values() if value != "auto"})
+    if len(chosen) > 1:
+        findings.append(
+            f"backend: {given['backend']} with backend_config={given['backend_config.name']}; expected one engine; "
+            "remove one of them"
+        )
+    return chosen[0] if chosen else "auto"
+
+
+def _task_module(tree: Mapping[str, Any], findings: list[str]) -> Any:
+    """The module of the task; None, and a finding, when there is none of that name."""
+    task = tree.get("task")
+    if not isinstance(task, dict):
+        return None
+    found = task_modules()
+    name = task.get("name", schema.MISSING)
+    if isinstance(name, str) and name in found:
+        return found[name]
+    key = replace(schema.keys(TaskConfig)[0], bounds={"choices": tuple(found)})
+    schema.arguments([key], {"name": name}, "task", findings)
+    return None
+
+
+def _interpolation_message(error: OmegaConfBaseException) -> str:
+    text = str(error.msg or error).split("\n")[0]
+    return f"{error.full_key or 'configuration'}: {text}; expected a value that can be resolved; correct it"

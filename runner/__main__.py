@@ -1,0 +1,265 @@
+"""`python -m runner`: the command line. Hydra composes the configuration; every error is one message and an exit code.
+
+Decides nothing about jobs: configuration goes to config.load, then to plan and job. Imports no torch.
+
+Hydra's own entry point (hydra.main) prints its errors itself, exits with 1 and drops what the jobs of a sweep return;
+so its parts are driven here: parser, composition, launcher and sweeper plug-ins are Hydra's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+import tempfile
+import traceback
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.object_type import ObjectType
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
+from omegaconf import DictConfig, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from runner import config, schema
+from runner.config import JobConfig
+from runner.errors import ConfigError, Interrupted, RunnerError
+from runner.naming import job_name
+from runner.secrets import mask
+
+CONFIG_NAME = "config"
+INTERNAL_ERROR = 70
+
+
+def main() -> None:
+    """The console script and `python -m runner`. Exits with 0 or a code of runner/errors.py."""
+    sys.exit(command_line(sys.argv[1:]))
+
+
+def command_line(argv: Sequence[str]) -> int:
+    """What main does, with the exit code as its result."""
+    if "--version" in argv:
+        print(f"batch-inference-runner {metadata.version('batch-inference-runner')}")
+        return 0
+    args = get_args_parser().parse_args(argv)
+    try:
+        with _hydra(args) as hydra:
+            return _dispatch(hydra, args)
+    except RunnerError as error:
+        _say(str(error))
+        return error.exit_code
+    except KeyboardInterrupt:
+        _say("interrupted")
+        return Interrupted.exit_code
+    except Exception as error:
+        return _internal_error(error, None)
+
+
+def run_one(cfg: DictConfig) -> int:
+    """One job, of a sweep or alone: the function that Hydra's launchers call. Its result is the exit code."""
+    hydra, folder = HydraConfig.get(), None
+    try:
+        sweep = hydra.mode == RunMode.MULTIRUN
+        with open_dict(cfg):
+            cfg.name = job_name(cfg.get("name"), hydra.runtime.choices, hydra.overrides.task, sweep)
+        if sweep:
+            _say(f"--- job {hydra.job.num}: {cfg.name}")
+        job = config.load(cfg)
+        folder = Path(job.output.folder) / job.name
+        return _run(job)
+    except RunnerError as error:
+        _say(str(error))
+        return error.exit_code
+    except Exception as error:
+        return _internal_error(error, folder)
+
+
+def _run(job: JobConfig) -> int:
+    if job.mode == "verify":
+        from runner.source import open_source
+        from runner.verify import verify
+
+        report = verify(str(Path(job.output.folder) / job.name), open_source(job.dataset))
+        print(mask(report.text()))
+        return report.exit_code
+    from runner.plan import make_plan
+
+    plan = make_plan(job)
+    if job.mode == "plan":
+        print(mask(plan.text()))
+        return 0
+    from runner.job import run
+
+    run(plan)
+    return 0
+
+
+def _dispatch(hydra: Hydra, args: Namespace) -> int:
+    if args.help:
+        from runner.help import group_help, overview
+
+        print(group_help(args.overrides[0], _options(hydra)) if args.overrides else overview(_options(hydra)))
+        return 0
+    name, overrides = args.config_name or CONFIG_NAME, [_lenient(hydra, text) for text in args.overrides]
+    if args.shell_completion:
+        hydra.shell_completion(config_name=name, overrides=args.overrides)
+        return 0
+    if args.hydra_help:
+        hydra.hydra_help(config_name=name, args_parser=get_args_parser(), args=args)
+        return 0
+    if args.cfg or args.info:
+        return _print_configuration(hydra, args, name, overrides)
+    if args.multirun or "hydra.mode=MULTIRUN" in overrides:
+        return _sweep(hydra, name, overrides)
+    done = _composing(lambda: hydra.run(config_name=name, task_function=run_one, overrides=overrides))
+    return int(done.return_value)
+
+
+def _sweep(hydra: Hydra, name: str, overrides: list[str]) -> int:
+    """All jobs of a sweep, each whatever became of the others. The exit code is 0, or the first that asks for a person;
+    75 when all that is wrong is that jobs want to be run again."""
+    overrides = [*(text for text in overrides if not text.startswith("hydra.mode=")), "hydra.mode=MULTIRUN"]
+    batches = _composing(lambda: hydra.multirun(config_name=name, task_function=run_one, overrides=overrides))
+    results = [job for batch in batches or () for job in batch]
+    codes = [int(job.return_value) for job in results]
+    failed = [
+        f"  job {index} (exit code {code}): {' '.join(job.overrides)}"
+        for index, (job, code) in enumerate(zip(results, codes, strict=True))
+        if code
+    ]
+    _say("\n".join([f"{len(codes) - len(failed)} of {len(codes)} jobs done", *failed]))
+    bad = [code for code in codes if code]
+    return next((code for code in bad if code != Interrupted.exit_code), bad[0] if bad else 0)
+
+
+def _print_configuration(hydra: Hydra, args: Namespace, name: str, overrides: list[str]) -> int:
+    def show() -> None:
+        if args.cfg:
+            hydra.show_cfg(name, overrides, cfg_type=args.cfg, package=args.package, resolve=args.resolve)
+        else:
+            hydra.show_info(args.info, config_name=name, overrides=overrides)
+
+    with contextlib.redirect_stdout(io.StringIO()) as text:
+        _composing(show)
+    print(mask(text.getvalue()), end="")
+    return 0
+
+
+@contextlib.contextmanager
+def _hydra(args: Namespace) -> Iterator[Hydra]:
+    """Hydra over the package's conf, and the user's own folder where one is given."""
+    version.setbase("1.3")
+    search_path = create_config_search_path(args.config_path or "pkg://conf")
+    if args.config_dir is not None:
+        folder = Path(args.config_dir).absolute()
+        if not folder.is_dir():
+            raise ConfigError(
+                f"--config-dir: {args.config_dir!r} is no folder; expected one with YAML files; correct it"
+            )
+        search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
+    try:
+        yield Hydra.create_main_hydra2(task_name="runner", config_search_path=search_path)
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _options(hydra: Hydra) -> dict[str, list[str]]:
+    """The choices of each group, those of the user's folder among them."""
+    loader = hydra.config_loader
+    groups = [name for name in loader.list_groups("") if name != "hydra"]
+    return {name: sorted(loader.get_group_options(name, ObjectType.CONFIG)) for name in groups}
+
+
+def _lenient(hydra: Hydra, override: str) -> str:
+    """`key=value` as Hydra's "set, whether the YAML has it or not": which keys there are is config.load's to say, which
+    knows the ones that a short YAML leaves out, and names the nearest to a wrong one."""
+    key, separator, _ = override.partition("=")
+    plain = separator and not set("@/:~+ ").intersection(key) and key.split(".")[0] != "hydra"
+    return f"++{override}" if plain and key not in hydra.config_loader.list_groups("") else override
+
+
+def _composing(work: Callable[[], Any]) -> Any:
+    """What Hydra does around run_one, which raises nothing: so all that is raised is about the configuration."""
+    try:
+        return work()
+    except MissingConfigException as error:
+        raise ConfigError(_missing(error)) from None
+    except OverrideParseException as error:
+        raise ConfigError(_unreadable(error)) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"YAML: {_one_line(error)}; expected `key: value` lines; correct the file") from None
+    except (HydraException, OmegaConfBaseException) as error:
+        cause = f" ({_one_line(error.__cause__)})" if error.__cause__ and str(error.__cause__) else ""
+        raise ConfigError(
+            f"configuration: {_one_line(error) or 'cannot be composed'}{cause}; expected key=value or group=option; "
+            "see --help"
+        ) from None
+    except (ValueError, OSError, AssertionError) as error:
+        raise ConfigError(f"configuration: {_one_line(error)}; expected YAML files that compose; correct it") from None
+
+
+def _missing(error: MissingConfigException) -> str:
+    group, _, option = (error.missing_cfg_file or "").rpartition("/")
+    if not group:
+        return f"--config-name: {option!r} is not found; expected a YAML file of --config-dir; check the spelling"
+    options = [name for name in error.options or () if name != option]
+    path = " (for a folder or hub id: model=local model.path=...)" if group.split("/")[0] == "model" else ""
+    return (
+        f"{group}: no option {option!r}; expected one of {', '.join(options) or '(there are none)'}{path}; "
+        + schema.advice(option, options, "choose one, or add your own YAML with --config-dir")
+    )
+
+
+def _unreadable(error: OverrideParseException) -> str:
+    reason = _one_line(error.message.split("See https://")[0])
+    return (
+        f"{error.override.lstrip('+')}: {reason}; expected key=value; put quotes within quotes around text with "
+        "spaces, commas or signs, as in 'task.prompt=\"{{ text }}, in short:\"'"
+    )
+
+
+def _one_line(error: object) -> str:
+    return " ".join(str(error).split())
+
+
+def _say(text: str) -> None:
+    print(mask(text), file=sys.stderr, flush=True)
+
+
+def _internal_error(error: Exception, folder: Path | None) -> int:
+    """Reports a defect: one line for the person, the traceback in a file."""
+    text = mask("".join(traceback.format_exception(error)))
+    try:
+        if folder is None:
+            raise OSError
+        folder.mkdir(parents=True, exist_ok=True)
+        log = folder / "error.log"
+        with log.open("a", encoding="utf-8") as file:
+            file.write(f"{datetime.now().astimezone().isoformat(timespec='seconds')}\n{text}\n")
+    except OSError:
+        handle, name = tempfile.mkstemp(prefix="runner-error-", suffix=".log", text=True)
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        log = Path(name)
+    _say(f"internal error: {type(error).__name__}: {_one_line(error)[:500]}; this is a defect of the runner; see {log}")
+    return INTERNAL_ERROR
+
+
+if __name__ == "__main__":
+    # Under its own name, so that a launcher on another machine can import what it is to call.
+    from runner.__main__ import main as entry
+
+    entry()

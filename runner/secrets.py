@@ -1,0 +1,39 @@
+"""Credentials do not reach files, logs or the terminal: text goes through `mask` on its way out."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+
+HIDDEN = "***"
+SHORTEST = 8
+"""Characters; shorter values of environment variables are not looked for, as they would be found in ordinary words."""
+_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
+_USER_IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+@")
+_SIGNED_URL = re.compile(
+    r"(?<=[?&])((?:x-amz-)?(?:sig|signature|token|access_token|api_?key|password|secret|credential|security-token)=)"
+    r"[^&\s'\"]+",
+    re.IGNORECASE,
+)
+_KNOWN_TOKENS = re.compile(
+    r"\bhf_[A-Za-z0-9]{20,}"  # Hugging Face
+    r"|\b(?:sk|rk|pk)-[A-Za-z0-9_-]{20,}"  # OpenAI and others
+    r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"  # AWS
+    r"|\b(?:ghp|gho|ghu|ghs|ghr)_[A-Za-z0-9]{30,}|\bgithub_pat_[A-Za-z0-9_]{30,}|\bglpat-[A-Za-z0-9_-]{20,}"
+    r"|\bxox[abeprs]-[A-Za-z0-9-]{10,}"  # Slack
+    r"|\bAIza[A-Za-z0-9_-]{35}"  # Google
+    r"|\beyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]+"  # JSON web tokens
+)
+
+
+def mask(text: str, environment: Mapping[str, str] | None = None) -> str:
+    """The text with credentials replaced: user and password of URLs, signatures, tokens of well-known forms, and the
+    values of environment variables whose names say that they are secret."""
+    environment = os.environ if environment is None else environment
+    values = {value for name, value in environment.items() if _SECRET_NAME.search(name) and len(value) >= SHORTEST}
+    for value in sorted(values, key=len, reverse=True):
+        text = text.replace(value, HIDDEN)
+    text = _USER_IN_URL.sub(f"{HIDDEN}@", text)
+    text = _SIGNED_URL.sub(rf"\g<1>{HIDDEN}", text)
+    return _KNOWN_TOKENS.sub(HIDDEN, text)
