@@ -44,7 +44,9 @@ def render(plan: Plan) -> str:
 
 
 def _model(plan: Plan) -> str:
-    size = f", {costs.num_parameters(plan.spec) / 1e9:.3g} B parameters" if plan.spec else ""
+    number = costs.num_parameters(plan.spec) if plan.spec else 0
+    size = f", {number / 1e9:.3g} B parameters" if number >= 1e9 else f", {number / 1e6:.3g} M parameters"
+    size = size if number else ""
     return f"{plan.job.model.path} ({plan.architecture}{size})"
 
 
