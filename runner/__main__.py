@@ -17,7 +17,6 @@ import traceback
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +51,9 @@ def main() -> None:
 def command_line(argv: Sequence[str]) -> int:
     """What main does, with the exit code as its result."""
     if "--version" in argv:
-        print(f"batch-inference-runner {metadata.version('batch-inference-runner')}")
+        from runner.env import installed
+
+        print(f"batch-inference-runner {installed('batch-inference-runner')}")
         return 0
     args = get_args_parser().parse_args(argv)
     try:

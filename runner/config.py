@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,7 +23,7 @@ from engines.api import EngineConfig, SamplingParams, bounded
 from runner import schema
 from runner.errors import ConfigError
 from runner.schema import Key
-from runner.secrets import mask
+from runner.secrets import mask_tree
 
 
 @dataclass(frozen=True)
@@ -134,6 +133,7 @@ class HostConfig:
     tflops_16bit: float = bounded(0.0, ge=0)
     """Matrix rate of one device in bfloat16 or float16, TFLOP/s."""
     tflops_32bit: float = bounded(0.0, ge=0)
+    """The same in float32."""
     cuda: str | None = None
     """CUDA version, as "13.0"."""
     price_per_hour: float | None = bounded(None, ge=0)
@@ -370,10 +370,10 @@ def _package_folder(package: str) -> Path | None:
 
 def to_yaml(job: JobConfig) -> str:
     """The whole configuration of a job, resolved, as YAML that can be run again; credentials stand as ***."""
-    tree = json.loads(json.dumps(dataclasses.asdict(job)))
+    tree = mask_tree(dataclasses.asdict(job))
     tree["sampling"] |= {"n": tree.pop("samples"), "columns": tree.pop("sampling_columns")}
     tree["backend_config"] = {"name": job.backend, **tree["backend_config"]}
-    return mask(yaml.safe_dump(tree, sort_keys=False, allow_unicode=True))
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def _backend(tree: dict[str, Any], findings: list[str]) -> str:

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+LONGEST_SHOWN = 200
+"""Characters of a wrong value in a message."""
 MISSING = "???"
 """How YAML says that a value must be given."""
 
@@ -45,7 +47,6 @@ class Key:
         return dataclasses.is_dataclass(self.hint)
 
 
-@functools.cache
 def keys(cls: Any) -> tuple[Key, ...]:
     """The keys of a dataclass, its bases' first."""
     hints, docs = typing.get_type_hints(cls), _docs(cls)
@@ -74,7 +75,8 @@ def arguments(schema: Sequence[Key], values: Any, path: str, findings: list[str]
     for name in values:
         if name not in known:
             expected = f"expected one of {', '.join(known)}" if known else "expected no keys"
-            findings.append(f"{where}{name}: no such key; {expected}; {advice(str(name), known, 'remove it')}")
+            shown = name if str(name).isprintable() else repr(name)
+            findings.append(f"{where}{shown}: no such key; {expected}; {advice(str(name), known, 'remove it')}")
     result = {}
     for name, key in known.items():
         if name not in values or values[name] == MISSING:
@@ -252,11 +254,12 @@ def _shown(value: Any) -> str:
         return "null"
     if isinstance(value, bool):
         return str(value).lower()
-    return textwrap.shorten(repr(value), 200, placeholder=" ...")
+    text = repr(value)
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
 @functools.cache
-def _docs(cls: type) -> dict[str, str]:
+def _docs(cls: Any) -> dict[str, str]:
     """The string under each field, by field name."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):

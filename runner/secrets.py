@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 
 HIDDEN = "***"
 SHORTEST = 8
@@ -37,3 +38,12 @@ def mask(text: str, environment: Mapping[str, str] | None = None) -> str:
     text = _USER_IN_URL.sub(f"{HIDDEN}@", text)
     text = _SIGNED_URL.sub(rf"\g<1>{HIDDEN}", text)
     return _KNOWN_TOKENS.sub(HIDDEN, text)
+
+
+def mask_tree(value: Any) -> Any:
+    """The same for every text in nested lists and dicts."""
+    if isinstance(value, Mapping):
+        return {name: mask_tree(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [mask_tree(item) for item in value]
+    return mask(value) if isinstance(value, str) else value
