@@ -24,7 +24,6 @@ import yaml
 from hydra import version
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path, get_args_parser
-from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
@@ -55,8 +54,11 @@ def command_line(argv: Sequence[str]) -> int:
 
         print(f"batch-inference-runner {installed('batch-inference-runner')}")
         return 0
-    args = get_args_parser().parse_args(argv)
+    parser = get_args_parser()
+    parser.prog = "python -m runner"
+    args = parser.parse_args(argv)
     try:
+        _check_flags(args)
         with _hydra(args) as hydra:
             return _dispatch(hydra, args)
     except RunnerError as error:
@@ -72,17 +74,20 @@ def command_line(argv: Sequence[str]) -> int:
 def run_one(cfg: DictConfig) -> int:
     """One job, of a sweep or alone: the function that Hydra's launchers call. Its result is the exit code."""
     hydra, folder = HydraConfig.get(), None
+    sweep = hydra.mode == RunMode.MULTIRUN
     try:
-        sweep = hydra.mode == RunMode.MULTIRUN
         with open_dict(cfg):
             cfg.name = job_name(cfg.get("name"), hydra.runtime.choices, hydra.overrides.task, sweep)
         if sweep:
+            _mask_record(hydra.sweep.dir)
             _say(f"--- job {hydra.job.num}: {cfg.name}")
         job = config.load(cfg)
         folder = Path(job.output.folder) / job.name
         return _run(job)
     except RunnerError as error:
         _say(str(error))
+        if isinstance(error, Interrupted) and error.by_signal and sweep and "BasicLauncher" in hydra.launcher._target_:
+            raise KeyboardInterrupt from None  # whoever stops a sweep in this process does not want its next job
         return error.exit_code
     except Exception as error:
         return _internal_error(error, folder)
@@ -108,13 +113,29 @@ def _run(job: JobConfig) -> int:
     return 0
 
 
+def _check_flags(args: Namespace) -> None:
+    flags = {"--run": args.run, "--multirun": args.multirun, "--cfg": args.cfg, "--info": args.info}
+    given = [flag for flag, value in {**flags, "--shell-completion": args.shell_completion}.items() if value]
+    if len(given) > 1:
+        raise ConfigError(f"{given[1]}: together with {given[0]}; expected one of them; remove the other")
+    if args.resolve and not args.cfg:
+        raise ConfigError("--resolve: without --cfg; expected --cfg job --resolve; add --cfg or remove it")
+    if args.experimental_rerun:
+        raise ConfigError(
+            "--experimental-rerun: not supported, as it runs what a pickle says; expected the saved config.yaml; use "
+            "--config-dir with the output folder of the job"
+        )
+
+
 def _dispatch(hydra: Hydra, args: Namespace) -> int:
     if args.help:
         from runner.help import group_help, overview
 
         print(group_help(args.overrides[0], _options(hydra)) if args.overrides else overview(_options(hydra)))
         return 0
-    name, overrides = args.config_name or CONFIG_NAME, [_lenient(hydra, text) for text in args.overrides]
+    name = args.config_name or CONFIG_NAME
+    # No .hydra folder: a job saves its configuration with its results. (HydraConf has this key; no YAML can change it.)
+    overrides = ["hydra.output_subdir=null", *(_lenient(hydra, text) for text in args.overrides)]
     if args.shell_completion:
         hydra.shell_completion(config_name=name, overrides=args.overrides)
         return 0
@@ -133,7 +154,11 @@ def _sweep(hydra: Hydra, name: str, overrides: list[str]) -> int:
     """All jobs of a sweep, each whatever became of the others. The exit code is 0, or the first that asks for a person;
     75 when all that is wrong is that jobs want to be run again."""
     overrides = [*(text for text in overrides if not text.startswith("hydra.mode=")), "hydra.mode=MULTIRUN"]
-    batches = _composing(lambda: hydra.multirun(config_name=name, task_function=run_one, overrides=overrides))
+    folder = _composing(lambda: hydra.compose_config(name, overrides, RunMode.MULTIRUN).hydra.sweep.dir)
+    try:
+        batches = _composing(lambda: hydra.multirun(config_name=name, task_function=run_one, overrides=overrides))
+    finally:
+        _mask_record(folder)
     results = [job for batch in batches or () for job in batch]
     codes = [int(job.return_value) for job in results]
     failed = [
@@ -144,6 +169,16 @@ def _sweep(hydra: Hydra, name: str, overrides: list[str]) -> int:
     _say("\n".join([f"{len(codes) - len(failed)} of {len(codes)} jobs done", *failed]))
     bad = [code for code in codes if code]
     return next((code for code in bad if code != Interrupted.exit_code), bad[0] if bad else 0)
+
+
+def _mask_record(folder: str) -> None:
+    """Hydra's record of a sweep holds the command line as it was typed: credentials are taken out of it."""
+    file = Path(folder) / "multirun.yaml"
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    if mask(text) != text:
+        partial = file.with_name(f".{file.name}.{os.getpid()}")
+        partial.write_text(mask(text), encoding="utf-8")
+        partial.replace(file)
 
 
 def _print_configuration(hydra: Hydra, args: Namespace, name: str, overrides: list[str]) -> int:
@@ -163,14 +198,16 @@ def _print_configuration(hydra: Hydra, args: Namespace, name: str, overrides: li
 def _hydra(args: Namespace) -> Iterator[Hydra]:
     """Hydra over the package's conf, and the user's own folder where one is given."""
     version.setbase("1.3")
-    search_path = create_config_search_path(args.config_path or "pkg://conf")
+    search_path = create_config_search_path(None)
+    # In front of Hydra's own folder: conf/hydra says where Hydra writes, whichever YAML file a run begins with.
+    search_path.prepend("main", args.config_path or "pkg://conf")
     if args.config_dir is not None:
         folder = Path(args.config_dir).absolute()
         if not folder.is_dir():
             raise ConfigError(
                 f"--config-dir: {args.config_dir!r} is no folder; expected one with YAML files; correct it"
             )
-        search_path.prepend("command-line", f"file://{folder}", SearchPathQuery(provider="schema"))
+        search_path.prepend("command-line", f"file://{folder}")
     try:
         yield Hydra.create_main_hydra2(task_name="runner", config_search_path=search_path)
     finally:

@@ -26,7 +26,7 @@ VARIABLES = (
 
 def report() -> str:
     host = probe()
-    lines = [f"python {platform.pythoninstalled()} on {platform.platform()}", "", "Packages:"]
+    lines = [f"python {platform.python_version()} on {platform.platform()}", "", "Packages:"]
     lines += [f"  {name:<24}{installed(name)}" for name in PACKAGES]
     lines += ["", "Machine:", *(f"  {line}" for line in _machine(host)), "", "Engines:"]
     for name in ORDER:

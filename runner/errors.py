@@ -53,6 +53,11 @@ class Interrupted(RunnerError):
 
     exit_code = 75
 
+    def __init__(self, message: str, by_signal: bool = False) -> None:
+        super().__init__(message)
+        self.by_signal = by_signal
+        """A sweep ends with the job that a signal stopped; after `max_runtime_s` its next job begins."""
+
 
 class RowError(Exception):
     """One row cannot be processed. Becomes the row's `error_code` and `error_message`, never ends a job."""

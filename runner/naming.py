@@ -6,6 +6,8 @@ import hashlib
 import re
 from collections.abc import Mapping, Sequence
 
+from runner.secrets import mask
+
 NAMING_GROUPS = ("model", "dataset", "task")
 """The choices that an unnamed job is called after."""
 RUN_CONTROL = {
@@ -26,7 +28,9 @@ def job_name(given: str | None, choices: Mapping[str, str], overrides: Sequence[
     if not sweep:
         return base
     named = () if given else NAMING_GROUPS
-    told = sorted(override.lstrip("+") for override in overrides if not _left_out(override, named))
+    told = sorted(
+        mask(override.lstrip("+")).replace("\\", "") for override in overrides if not _left_out(override, named)
+    )
     return ",".join([base, safe(",".join(told))]) if told else base
 
 

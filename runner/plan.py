@@ -24,6 +24,7 @@ from runner.errors import ConfigError, EngineError, InputError
 from runner.fingerprint import fingerprint
 from runner.hub import model_folder
 from runner.memory import Memory, gb, memory_notes, memory_of
+from runner.schema import out_of_bounds
 from runner.source.paths import shown_url
 
 if TYPE_CHECKING:
@@ -340,20 +341,8 @@ def _only_one(key: str, model: Any, engine: Any, unset: Any) -> Any:
 
 def check_config(config: EngineConfig) -> None:
     """Raises ConfigError, with all findings, for engine settings outside their bounds."""
-    size = config.block_size
-    findings = [
-        f"backend_config.{key}: {getattr(config, key)}; expected {expected}"
-        for key, expected, sound in (
-            ("max_num_seqs", "at least 1", config.max_num_seqs >= 1),
-            ("max_num_batched_tokens", "at least 1", config.max_num_batched_tokens >= 1),
-            ("block_size", "a power of two", size >= 1 and size & (size - 1) == 0),
-            ("kv_memory_fraction", "more than 0 and at most 1", 0 < config.kv_memory_fraction <= 1),
-            ("kv_cache_bytes", "null or more than 0", config.kv_cache_bytes is None or config.kv_cache_bytes > 0),
-        )
-        if not sound
-    ]
-    if findings:
-        raise ConfigError("\n".join(f"{finding}; correct it" for finding in findings))
+    if findings := out_of_bounds(config, "backend_config"):
+        raise ConfigError("\n".join(findings))
 
 
 def needs(job: JobConfig, checkpoint: Checkpoint, spec: ModelSpec | None, dtype: str, kind: Kind) -> list[Requirement]:

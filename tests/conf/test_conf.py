@@ -18,9 +18,9 @@ from runner.config import load
 from tests.conftest import ROOT
 
 CONF = ROOT / "conf"
-GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and not path.name.startswith("_"))
+GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name not in ("__pycache__", "hydra"))
 OPTIONS = [(path.parent.name, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
-FILES = sorted(CONF.rglob("*.yaml"))
+FILES = sorted(path for path in CONF.rglob("*.yaml") if "hydra" not in path.parts)
 EXAMPLES = sorted((ROOT / "jobs" / "examples").glob("*.yaml"))
 GIVEN = {
     "model": ["++model.path=models/x"],
