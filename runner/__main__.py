@@ -52,7 +52,7 @@ def command_line(argv: Sequence[str]) -> int:
     if "--version" in argv:
         from runner.env import installed
 
-        print(f"batch-inference-runner {installed('batch-inference-runner')}")
+        _print(f"batch-inference-runner {installed('batch-inference-runner')}")
         return 0
     parser = get_args_parser()
     parser.prog = "python -m runner"
@@ -99,13 +99,13 @@ def _run(job: JobConfig) -> int:
         from runner.verify import verify
 
         report = verify(str(Path(job.output.folder) / job.name), open_source(job.dataset))
-        print(mask(report.text()))
+        _print(mask(report.text()))
         return report.exit_code
     from runner.plan import make_plan
 
     plan = make_plan(job)
     if job.mode == "plan":
-        print(mask(plan.text()))
+        _print(mask(plan.text()))
         return 0
     from runner.job import run
 
@@ -131,16 +131,16 @@ def _dispatch(hydra: Hydra, args: Namespace) -> int:
     if args.help:
         from runner.help import group_help, overview
 
-        print(group_help(args.overrides[0], _options(hydra)) if args.overrides else overview(_options(hydra)))
+        _print(group_help(args.overrides[0], _options(hydra)) if args.overrides else overview(_options(hydra)))
         return 0
     name = args.config_name or CONFIG_NAME
     # No .hydra folder: a job saves its configuration with its results. (HydraConf has this key; no YAML can change it.)
     overrides = ["hydra.output_subdir=null", *(_lenient(hydra, text) for text in args.overrides)]
     if args.shell_completion:
-        hydra.shell_completion(config_name=name, overrides=args.overrides)
+        _composing(lambda: hydra.shell_completion(config_name=name, overrides=args.overrides))
         return 0
     if args.hydra_help:
-        hydra.hydra_help(config_name=name, args_parser=get_args_parser(), args=args)
+        _composing(lambda: hydra.hydra_help(config_name=name, args_parser=get_args_parser(), args=args))
         return 0
     if args.cfg or args.info:
         return _print_configuration(hydra, args, name, overrides)
@@ -190,7 +190,7 @@ def _print_configuration(hydra: Hydra, args: Namespace, name: str, overrides: li
 
     with contextlib.redirect_stdout(io.StringIO()) as text:
         _composing(show)
-    print(mask(text.getvalue()), end="")
+    _print(mask(text.getvalue()).rstrip())
     return 0
 
 
@@ -271,6 +271,13 @@ def _unreadable(error: OverrideParseException) -> str:
 
 def _one_line(error: object) -> str:
     return " ".join(str(error).split())
+
+
+def _print(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # the reader has seen enough, as in `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _say(text: str) -> None:

@@ -97,6 +97,24 @@ def test_help_names_groups_keys_and_options(tmp_path: Path) -> None:
     assert "sampling.top_p: a number, more than 0 and at most 1; default 1.0" in everything.stdout
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m runner --help all | head -1"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "job: Keys of every job\n" and done.stderr == ""
+
+
+def test_shell_completion_completes_options(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COMP_LINE": "batch-runner host=h200"}
+    done = subprocess.run(
+        [sys.executable, "-m", "runner", "--shell-completion", "query=bash"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.split() == ["host=h200", "host=h200x8"]
+
+
 def test_printed_configuration_is_masked(tmp_path: Path) -> None:
     done = run_cli("--cfg", "job", "dataset.path=s3://key:s3cr3t@bucket/x", cwd=tmp_path)
     assert done.returncode == 0 and "s3://***@bucket/x" in done.stdout and "s3cr3t" not in done.stdout
