@@ -25,6 +25,7 @@ from runner.fingerprint import fingerprint
 from runner.hub import model_folder
 from runner.memory import Memory, gb, memory_notes, memory_of
 from runner.schema import out_of_bounds
+from runner.secrets import mask_tree
 from runner.source.paths import shown_url
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ class Plan:
         plain["verdicts"] = [{"accepted": verdict.accepted, **_plain(verdict)} for verdict in self.verdicts]
         plain["output_folder"] = self.output_folder
         plain["inspection"] = _plain(self.inspection)
-        return plain
+        return mask_tree(plain)
 
     def text(self) -> str:
         """The plan for a person, as lines of plain text."""

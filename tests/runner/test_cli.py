@@ -10,8 +10,11 @@ import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
+from random import Random
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import runner.__main__ as cli
 from runner import config
@@ -248,3 +251,30 @@ def test_a_defect_is_one_line_and_a_log(
 def test_jobs_can_be_pickled_for_other_machines() -> None:
     function: Callable[..., int] = cli.run_one
     assert (function.__module__, function.__qualname__) == ("runner.__main__", "run_one")
+
+
+OVERRIDES = [
+    *[
+        "model=demo",
+        "sampling.n=1",
+        "sampling.stop=['a','b']",
+        "dataset.path=x",
+        "seed=1,2",
+        "backend=cpu",
+        "host=h200",
+    ],
+    *["mode=plan", "task.prompt='{{ text }}'", "++sampling.temperature=1", "~seed", "shard.index=range(2)", "name=x"],
+]
+SIGNS = "=,.+~@'\"{}[]$\\ü\n ?1/:()"
+
+
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(OVERRIDES), min_size=1, max_size=3, unique=True), st.booleans(), st.randoms())
+def test_any_command_line_runs_or_is_a_message(
+    jobs: list[JobConfig], overrides: list[str], sweep: bool, random: Random
+) -> None:
+    """Command lines with a sign put in or in place of another, here and there."""
+    for index, text in enumerate(overrides):
+        at = random.randrange(1, len(text) + 1)
+        overrides[index] = text[:at] + random.choice(SIGNS) + text[at + random.randint(0, 1) :]
+    assert cli.command_line(["-m", *overrides] if sweep else overrides) in (0, 2)
