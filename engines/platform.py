@@ -305,3 +305,8 @@ def _best_s(call: Callable[[], object]) -> float:
         call()
         times.append(time.perf_counter() - begin)
     return min(times)
+
+
+def free_memory_bytes() -> int:
+    """Memory of this machine that a process may take now, within its control group."""
+    return _memory()[1]

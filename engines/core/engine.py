@@ -1,0 +1,272 @@
+"""The engine: submit, step (admit, schedule, execute, sample, retire), stats. Backends differ by their op set only."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import traceback
+from collections.abc import Sequence as Many
+
+import torch
+
+from engines.api import EngineConfig, EngineStats, ErrorInfo, Outcome, Request, SamplingParams
+from engines.core.block_manager import BlockManager
+from engines.core.model_runner import ModelRunner
+from engines.core.pooling import Pooler
+from engines.core.sampler import Detokenize, Sampler
+from engines.core.scheduler import Scheduled, Scheduler
+from engines.core.sequence import Sequence
+from engines.models.base import Model
+from engines.ops import OpSet
+
+log = logging.getLogger(__name__)
+NO_SAMPLING = SamplingParams(max_tokens=0)
+
+
+class LLMEngine:
+    """Continuous batching over one model. Satisfies engines.api.Engine."""
+
+    def __init__(
+        self,
+        model: Model,
+        ops: OpSet,
+        config: EngineConfig,
+        num_blocks: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        eos_token_ids: Many[int] = (),
+        detokenize: Detokenize | None = None,
+        pooling: str | None = None,
+        normalize: bool = False,
+    ) -> None:
+        """num_blocks: size of the KV cache; not used by models without one."""
+        self.model = model
+        self.max_model_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
+        self.runner = ModelRunner(model, ops, num_blocks, config.block_size, dtype, device)
+        self.blocks = BlockManager(num_blocks) if self.runner.paged else None
+        self.scheduler = Scheduler(
+            self.blocks,
+            config.block_size,
+            config.max_num_seqs,
+            config.max_num_batched_tokens,
+            self.max_model_len,
+            config.prefix_caching,
+            chunked=model.num_cache_layers > 0 or not model.paged,
+            context_key=model.context_key,
+        )
+        self.sampler = Sampler(ops, eos_token_ids, detokenize)
+        self.pooler = Pooler(model, ops, pooling, normalize)
+        self.device = device
+        self._ids = itertools.count()
+        self._ready: list[Outcome] = []
+        """Outcomes of requests that were refused at submit."""
+        self._num_unfinished = 0
+        self._num_steps = self._num_prompt = self._num_cached = self._num_output = 0
+
+    @property
+    def num_unfinished(self) -> int:
+        return self._num_unfinished
+
+    def submit(self, requests: Many[Request]) -> None:
+        accepted = []
+        for request in requests:
+            self._num_unfinished += 1
+            error = self._refusal(request)
+            if error:
+                self._ready.append(Outcome(request.request_id, "error", error=error))
+            else:
+                accepted.append(self._sequence(request))
+        self.scheduler.add(accepted)
+
+    def _refusal(self, request: Request) -> ErrorInfo | None:
+        """Why a request cannot be run at all."""
+        count = len(request.token_ids)
+        if not count:
+            return ErrorInfo("empty_prompt", "the prompt has no tokens; expected at least one")
+        room = self.max_model_len - (1 if request.kind == "generate" else 0)
+        if count > room:
+            return ErrorInfo("too_long", f"the prompt has {count} tokens; the model takes at most {room}")
+        if self.blocks is not None:
+            held = self.blocks.num_blocks * self.scheduler.block_size
+            if count + 1 > held:
+                return ErrorInfo(
+                    "too_long",
+                    f"the prompt has {count} tokens; the KV cache holds {held}; raise backend_config.kv_cache_bytes",
+                )
+        if min(request.token_ids) < 0 or max(request.token_ids) >= self.model.vocab_size:
+            return ErrorInfo("bad_token", f"a token id is outside the vocabulary of {self.model.vocab_size}")
+        if request.kind == "score" and not 1 <= request.score_from < count:
+            return ErrorInfo("empty_prompt", "nothing to score: the continuation or what precedes it has no tokens")
+        return None
+
+    def _sequence(self, request: Request) -> Sequence:
+        token_ids = list(request.token_ids)
+        sampling = request.sampling if request.kind == "generate" and request.sampling else NO_SAMPLING
+        most = self.max_model_len if sampling.max_tokens is None else len(token_ids) + sampling.max_tokens
+        return Sequence(
+            seq_id=next(self._ids),
+            request=request,
+            sampling=sampling,
+            max_num_tokens=min(most, self.max_model_len),
+            reusable_tokens=self.pooler.reusable_tokens(request.kind, len(token_ids), request.score_from),
+            token_ids=token_ids,
+            num_prompt_tokens=len(token_ids),
+        )
+
+    @torch.inference_mode()
+    def step(self) -> list[Outcome]:
+        outcomes, self._ready = self._ready, []
+        step = self.scheduler.schedule()
+        if step:
+            outcomes += self._run(step)
+        elif self.scheduler.waiting:
+            outcomes.append(self._give_up(self.scheduler.waiting.popleft()))
+        self._num_unfinished -= len(outcomes)
+        return outcomes
+
+    def _give_up(self, seq: Sequence) -> Outcome:
+        """Nothing runs and the first in the queue still finds no room: it never will."""
+        message = (
+            f"{seq.num_tokens} tokens do not fit into the KV cache of {self.scheduler.block_size} * "
+            f"{self.blocks.num_blocks if self.blocks else 0} tokens; raise backend_config.kv_cache_bytes"
+        )
+        return self._outcome(seq, "error", error=ErrorInfo("kv_cache_full", message))
+
+    def _run(self, step: list[Scheduled]) -> list[Outcome]:
+        """Execute a step; if it raises, halve it until the sequence that raises is alone."""
+        try:
+            outcomes = self._execute(step)
+        except Exception as error:
+            return self._after_failure(step, error)
+        self._num_steps += 1
+        return outcomes
+
+    def _after_failure(self, step: list[Scheduled], error: Exception) -> list[Outcome]:
+        if not self.model.paged:
+            # The models' own states may have advanced: compute again from the first token.
+            for s in step:
+                self.model.release(s.seq.seq_id)
+        if _out_of_memory(error) and self.scheduler.shrink():
+            log.warning(
+                "memory ran out in a step: going on with %d tokens a step", self.scheduler.max_num_batched_tokens
+            )
+            return []
+        if len(step) == 1:
+            log.error("request %d failed:\n%s", step[0].seq.request.request_id, traceback.format_exc())
+            return [
+                self._retire(step[0].seq, "error", error=ErrorInfo("engine_error", f"{type(error).__name__}: {error}"))
+            ]
+        if not self.model.paged:
+            step = [Scheduled(s.seq, s.seq.num_computed_tokens + s.num_new_tokens) for s in step]
+            for s in step:
+                s.seq.num_computed_tokens = 0
+        middle = len(step) // 2
+        return self._run(step[:middle]) + self._run(step[middle:])
+
+    def _execute(self, step: list[Scheduled]) -> list[Outcome]:
+        wanted = [self.pooler.wanted(s) for s in step]
+        indices: list[int] = []
+        offset = 0
+        for s, positions in zip(step, wanted, strict=True):
+            base = offset - s.seq.num_computed_tokens
+            indices += range(base + positions.start, base + positions.stop)
+            offset += s.num_new_tokens
+        everything = len(indices) == offset
+        outputs = None if everything else torch.tensor(indices, dtype=torch.int64, device=self.device)
+        hidden = self.runner.execute(step, outputs, self.scheduler.block_tables)
+        drawing = [i for i, s in enumerate(step) if s.seq.request.kind == "generate" and s.completes]
+        tokens: dict[int, int | None] = {}
+        starts = list(itertools.accumulate((len(p) for p in wanted), initial=0))
+        if drawing:
+            rows = hidden if len(drawing) == len(indices) else hidden[[starts[i] for i in drawing]]
+            drawn = self.sampler.sample(self.model.logits(rows), [step[i].seq for i in drawing])
+            tokens = dict(zip(drawing, drawn, strict=True))
+        # Nothing above has changed a sequence but for its log-probabilities; what follows does not raise.
+        return self._advance(step, wanted, starts, hidden, tokens)
+
+    def _advance(
+        self,
+        step: list[Scheduled],
+        wanted: list[range],
+        starts: list[int],
+        hidden: torch.Tensor,
+        tokens: dict[int, int | None],
+    ) -> list[Outcome]:
+        outcomes = []
+        for i, s in enumerate(step):
+            seq = s.seq
+            completes = s.completes
+            if seq.num_output_tokens == 0:
+                self._num_prompt += s.num_new_tokens
+            if seq.request.kind != "generate":
+                self.pooler.add(seq, wanted[i], hidden[starts[i] : starts[i + 1]])
+            self.scheduler.computed(s)
+            if not completes:
+                continue
+            if seq.request.kind != "generate":
+                outcomes.append(self._retire_with_values(seq))
+                continue
+            token = tokens[i]
+            if token is None:
+                outcomes.append(self._retire(seq, "error", error=_not_numbers()))
+                continue
+            end = self.sampler.append(seq, token)
+            if end is not None:
+                outcomes.append(self._retire(seq, end[0], stop_reason=end[1]))
+        return outcomes
+
+    def _retire_with_values(self, seq: Sequence) -> Outcome:
+        values = self.pooler.result(seq)
+        if not all(map(math.isfinite, values)):
+            return self._retire(seq, "error", error=_not_numbers())
+        return self._retire(seq, "stop", values=values)
+
+    def _retire(self, seq: Sequence, reason: str, **fields: object) -> Outcome:
+        self.scheduler.remove(seq)
+        self.model.release(seq.seq_id)
+        return self._outcome(seq, reason, **fields)
+
+    def _outcome(self, seq: Sequence, reason: str, **fields: object) -> Outcome:
+        self._num_output += seq.num_output_tokens
+        self._num_cached += seq.num_cached_tokens
+        failed = reason == "error"
+        return Outcome(
+            seq.request.request_id,
+            reason,  # type: ignore[arg-type]
+            token_ids=[] if failed else seq.token_ids[seq.num_prompt_tokens :],
+            logprobs=seq.logprobs if seq.sampling.logprobs is not None and not failed else None,
+            num_prompt_tokens=seq.num_prompt_tokens,
+            num_cached_tokens=seq.num_cached_tokens,
+            **fields,  # type: ignore[arg-type]
+        )
+
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_waiting=len(self.scheduler.waiting),
+            num_running=len(self.scheduler.running),
+            num_free_blocks=self.blocks.num_free if self.blocks else 0,
+            num_blocks=self.blocks.num_blocks if self.blocks else 0,
+            num_steps=self._num_steps,
+            num_preemptions=self.scheduler.num_preemptions,
+            num_prompt_tokens=self._num_prompt,
+            num_cached_tokens=self._num_cached,
+            num_output_tokens=self._num_output + sum(s.num_output_tokens for s in self.scheduler.running),
+        )
+
+    def close(self) -> None:
+        self.runner.caches.clear()
+        del self.model, self.runner.model
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless all books agree."""
+        self.scheduler.check_integrity()
+
+
+def _not_numbers() -> ErrorInfo:
+    return ErrorInfo("nan_logits", "the model's output is not a number; try dtype float32, or check the weights")
+
+
+def _out_of_memory(error: Exception) -> bool:
+    text = str(error)
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text

@@ -1,0 +1,101 @@
+"""From a scheduled step to hidden states: builds the ragged batch, keeps the KV cache, calls the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engines.batch import Batch, PrefixGroup
+from engines.core.scheduler import Scheduled
+from engines.models.base import Model
+from engines.ops import OpSet
+
+MIN_GROUP_SEQS = 4
+MIN_GROUP_BLOCKS = 2
+
+
+class ModelRunner:
+    """A model, its caches and the batches made for it."""
+
+    def __init__(
+        self, model: Model, ops: OpSet, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.model = model
+        self.block_size = block_size
+        self.device = device
+        self.paged = model.paged and model.num_cache_layers > 0
+        layers = model.num_cache_layers if self.paged else 0
+        self.caches = [
+            ops.allocate_kv_cache(num_blocks, block_size, model.num_kv_heads, model.head_dim, dtype, device)
+            for _ in range(layers)
+        ]
+        # A window may hide part of a shared beginning from some of the sequences; without a spec that is not known.
+        windows = getattr(model.spec, "windows", (1,))
+        self.groups_prefixes = self.paged and not any(windows)
+
+    def execute(self, step: Many[Scheduled], outputs: Tensor | None, block_tables: np.ndarray) -> Tensor:
+        """Hidden states of the tokens whose index in the batch is in `outputs` (None: all): [num_outputs, hidden]."""
+        return self.model.forward(self.batch(step, outputs, block_tables), self.caches)
+
+    def batch(self, step: Many[Scheduled], outputs: Tensor | None, block_tables: np.ndarray) -> Batch:
+        """block_tables: the scheduler's, by slot."""
+        counts = np.array([s.num_new_tokens for s in step], dtype=np.int64)
+        starts = np.array([s.seq.num_computed_tokens for s in step], dtype=np.int64)
+        offsets = np.zeros(len(step) + 1, dtype=np.int64)
+        np.cumsum(counts, out=offsets[1:])
+        token_ids: list[int] = []
+        for s in step:
+            begin = s.seq.num_computed_tokens
+            token_ids += s.seq.token_ids[begin : begin + s.num_new_tokens]
+        positions = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], counts)
+        lengths = starts + counts
+        longest = int(lengths.max())
+        slots = tables = None
+        groups: tuple[PrefixGroup, ...] = ()
+        if self.paged:
+            width = -(-longest // self.block_size)
+            rows = block_tables[[s.seq.slot for s in step], :width]
+            owner = np.repeat(np.arange(len(step)), counts)
+            slots = rows[owner, positions // self.block_size].astype(np.int64) * self.block_size
+            slots += positions % self.block_size
+            tables = self._tensor(rows)
+            if self.groups_prefixes and len(step) >= MIN_GROUP_SEQS:
+                groups = self._prefix_groups(rows, counts, lengths)
+        keys = [s.seq.context_key for s in step]
+        return Batch(
+            token_ids=self._tensor(np.array(token_ids, dtype=np.int64)),
+            positions=self._tensor(positions),
+            cu_seqlens_q=self._tensor(offsets.astype(np.int32)),
+            seq_lens=self._tensor(lengths.astype(np.int32)),
+            max_seqlen_q=int(counts.max()),
+            max_seqlen_k=longest,
+            slot_mapping=None if slots is None else self._tensor(slots),
+            block_tables=tables,
+            output_indices=outputs,
+            prefix_groups=groups,
+            seq_ids=tuple(s.seq.seq_id for s in step),
+            context_keys=self._tensor(np.array(keys, dtype=np.int64)) if any(keys) else None,
+        )
+
+    def _prefix_groups(self, rows: np.ndarray, counts: np.ndarray, lengths: np.ndarray) -> tuple[PrefixGroup, ...]:
+        """Decoding sequences whose tables begin with the same blocks."""
+        decoding = np.flatnonzero(counts == 1)
+        if len(decoding) < MIN_GROUP_SEQS:
+            return ()
+        first = rows[decoding, 0]
+        groups = []
+        values, sizes = np.unique(first, return_counts=True)
+        for value in values[sizes >= MIN_GROUP_SEQS]:
+            members = decoding[first == value]
+            full = int((lengths[members].min() - 1) // self.block_size)
+            same = (rows[members, :full] == rows[members[0], :full]).all(axis=0)
+            shared = full if same.all() else int(same.argmin())
+            if shared >= MIN_GROUP_BLOCKS:
+                groups.append(PrefixGroup(self._tensor(members.astype(np.int32)), shared))
+        return tuple(groups)
+
+    def _tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)

@@ -1,0 +1,251 @@
+"""Which sequences compute how many tokens in the next step. Knows nothing of tensors.
+
+Sequences that draw tokens go first, one token each; what is left of the token budget goes to prompts, those already
+begun before new ones. A prompt may be cut (chunked prefill). When blocks run out the sequence admitted last gives its
+own back and is computed again later.
+
+The queue is told the future: each submitted batch is ordered by shared beginnings, then by length of output, so that
+texts with a common prefix follow each other and long outputs do not run alone at the end. A sequence waits while
+another one is computing the block that it could share.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from engines.core.block_manager import BlockManager
+from engines.core.sequence import Sequence
+
+LOOKAHEAD = 256
+"""Waiting sequences looked at in one step when the first ones wait for a prefix."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scheduled:
+    """A sequence's share of a step: its next num_new_tokens tokens."""
+
+    seq: Sequence
+    num_new_tokens: int
+
+    @property
+    def completes(self) -> bool:
+        """Whether all tokens are computed after this step."""
+        return self.num_new_tokens == self.seq.num_remaining_tokens
+
+
+class Scheduler:
+    """Queues, block tables and the choice of each step."""
+
+    def __init__(
+        self,
+        blocks: BlockManager | None,
+        block_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        prefix_caching: bool,
+        chunked: bool,
+        context_key: Callable[[int, int], int],
+    ) -> None:
+        """blocks: None for models without a paged cache. chunked: False where a text must be computed in one piece."""
+        self.blocks = blocks
+        self.block_size = block_size
+        self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.prefix_caching = prefix_caching and blocks is not None
+        self.chunked = chunked
+        self.context_key = context_key
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        """In order of admission."""
+        self.num_preemptions = 0
+        width = -(-max_model_len // block_size) if blocks is not None else 0
+        self.block_tables = np.zeros((self.max_num_seqs, width), dtype=np.int32)
+        self._slots = list(range(self.max_num_seqs - 1, -1, -1))
+        self._pending: dict[int, Sequence] = {}
+        """By digest: full prompt blocks that a running sequence is about to compute."""
+
+    def add(self, seqs: Iterable[Sequence]) -> None:
+        self.waiting.extend(self._ordered(list(seqs)))
+
+    def _ordered(self, seqs: list[Sequence]) -> list[Sequence]:
+        """Groups with a common first block together, the group with the longest outputs first."""
+        if self.blocks is None and not self.chunked:
+            return sorted(seqs, key=lambda s: s.num_tokens)
+        first = {s.seq_id: tuple(s.token_ids[: self.block_size]) for s in seqs}
+        size = Counter(first.values())
+        longest: dict[tuple[int, ...], int] = {}
+        for s in seqs:
+            key = first[s.seq_id]
+            longest[key] = max(longest.get(key, 0), s.max_num_tokens)
+        shared = [s for s in seqs if size[first[s.seq_id]] > 1]
+        alone = [s for s in seqs if size[first[s.seq_id]] == 1]
+        shared.sort(key=lambda s: (-longest[first[s.seq_id]], s.token_ids, -s.max_num_tokens))
+        alone.sort(key=lambda s: -(s.max_num_tokens - s.num_tokens))
+        return shared + alone
+
+    def schedule(self) -> list[Scheduled]:
+        """The next step; empty when nothing waits or runs. Blocks for it are allocated."""
+        budget = self.max_num_batched_tokens
+        scheduled: list[Scheduled] = []
+        for seq in list(self.running):
+            if seq.slot < 0 or not self._same_context(seq):
+                continue
+            if seq.num_remaining_tokens == 1 and budget and self._grow(seq):
+                scheduled.append(Scheduled(seq, 1))
+                budget -= 1
+        scheduled = [s for s in scheduled if s.seq.slot >= 0]
+        for seq in self.running:
+            if budget and seq.num_remaining_tokens > 1:
+                count = min(seq.num_remaining_tokens, budget)
+                scheduled.append(Scheduled(seq, count))
+                budget -= count
+        return scheduled + self._admit(budget)
+
+    def _admit(self, budget: int) -> list[Scheduled]:
+        """Start waiting sequences while there is room for them."""
+        admitted: list[Scheduled] = []
+        skipped: list[Sequence] = []
+        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs and len(skipped) < LOOKAHEAD:
+            seq = self.waiting.popleft()
+            if not self.chunked and seq.num_tokens > budget and (admitted or self.running):
+                skipped.append(seq)
+                break
+            reused = self._reusable(seq)
+            if reused is None:
+                skipped.append(seq)
+                continue
+            if not self._place(seq, reused):
+                skipped.append(seq)
+                break
+            count = min(seq.num_remaining_tokens, budget) if self.chunked else seq.num_remaining_tokens
+            admitted.append(Scheduled(seq, count))
+            budget -= count
+        self.waiting.extendleft(reversed(skipped))
+        return admitted
+
+    def _reusable(self, seq: Sequence) -> list[int] | None:
+        """Known blocks that the sequence's text begins with; None: better wait for one that is being computed."""
+        key = self.context_key(seq.num_prompt_tokens, seq.num_tokens)
+        if key != seq.context_key:
+            seq.context_key, seq.digests = key, []
+        found: list[int] = []
+        if not self.prefix_caching:
+            return found
+        assert self.blocks is not None
+        # The last token is always computed: its hidden state is what the next one is drawn from.
+        limit = seq.num_tokens - 1 if seq.num_output_tokens else seq.reusable_tokens
+        for index in range(limit // self.block_size):
+            digest = seq.digest(index, self.block_size)
+            block = self.blocks.find(digest)
+            if block is None:
+                return None if digest in self._pending else found
+            found.append(block)
+        return found
+
+    def _place(self, seq: Sequence, reused: list[int]) -> bool:
+        """Give the sequence a slot and blocks for all its tokens, or nothing and False."""
+        if self.blocks is not None:
+            needed = -(-seq.num_tokens // self.block_size) - len(reused)
+            taken = sum(self.blocks.is_free(block) for block in reused)
+            # One spare block for each running sequence keeps admission from causing preemption at once.
+            if needed + taken + min(len(self.running), self.blocks.num_blocks // 8) > self.blocks.num_free:
+                return False
+            for block in reused:
+                self.blocks.share(block)
+            seq.slot = self._slots.pop()
+            row = reused + [self.blocks.allocate() for _ in range(needed)]
+            self.block_tables[seq.slot, : len(row)] = row
+            seq.num_blocks = len(row)
+            seq.num_registered_blocks = len(reused)
+            seq.num_computed_tokens = len(reused) * self.block_size
+            if not seq.admissions:
+                seq.num_cached_tokens = seq.num_computed_tokens
+            if self.prefix_caching:
+                for index in range(len(reused), seq.num_tokens // self.block_size):
+                    self._pending.setdefault(seq.digest(index, self.block_size), seq)
+        else:
+            seq.slot = self._slots.pop()
+        seq.admissions += 1
+        self.running.append(seq)
+        return True
+
+    def _same_context(self, seq: Sequence) -> bool:
+        """False if the keys and values computed so far no longer hold: the sequence goes back to the queue."""
+        if self.context_key(seq.num_prompt_tokens, seq.num_tokens) == seq.context_key:
+            return True
+        self._preempt(seq)
+        return False
+
+    def _grow(self, seq: Sequence) -> bool:
+        """Make sure that the last token has a place in the cache; False if the sequence itself had to give way."""
+        if self.blocks is None or seq.num_tokens <= seq.num_blocks * self.block_size:
+            return True
+        while not self.blocks.num_free:
+            last = self.running[-1]
+            self._preempt(last)
+            if last is seq:
+                return False
+        self.block_tables[seq.slot, seq.num_blocks] = self.blocks.allocate()
+        seq.num_blocks += 1
+        return True
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.num_preemptions += 1
+        self.remove(seq)
+        seq.num_computed_tokens = 0
+        seq.values.clear()
+        seq.pooled = None
+        self.waiting.appendleft(seq)
+
+    def computed(self, step: Scheduled) -> None:
+        """The step has run: count the tokens, and make the blocks that became full known."""
+        seq = step.seq
+        seq.num_computed_tokens += step.num_new_tokens
+        if self.prefix_caching:
+            assert self.blocks is not None
+            for index in range(seq.num_registered_blocks, seq.num_computed_tokens // self.block_size):
+                digest = seq.digest(index, self.block_size)
+                self.blocks.register(int(self.block_tables[seq.slot, index]), digest)
+                if self._pending.get(digest) is seq:
+                    del self._pending[digest]
+            seq.num_registered_blocks = max(seq.num_registered_blocks, seq.num_computed_tokens // self.block_size)
+
+    def remove(self, seq: Sequence) -> None:
+        """Take a running sequence out and free what it holds."""
+        self.running.remove(seq)
+        if self.blocks is not None:
+            self.blocks.release(self.owned(seq))
+            for digest in seq.digests[seq.num_registered_blocks :]:
+                if self._pending.get(digest) is seq:
+                    del self._pending[digest]
+        self._slots.append(seq.slot)
+        seq.slot, seq.num_blocks, seq.num_registered_blocks = -1, 0, 0
+
+    def owned(self, seq: Sequence) -> list[int]:
+        return self.block_tables[seq.slot, : seq.num_blocks].tolist()
+
+    def shrink(self) -> bool:
+        """After memory ran out: halve the step. False if it cannot get smaller."""
+        if self.max_num_batched_tokens == 1:
+            return False
+        self.max_num_batched_tokens = max(1, self.max_num_batched_tokens // 2)
+        self.max_num_seqs = max(1, min(self.max_num_seqs // 2, self.max_num_batched_tokens))
+        while len(self.running) > self.max_num_seqs:
+            self._preempt(self.running[-1])
+        return True
+
+    def check_integrity(self) -> None:
+        """Raises AssertionError unless queues, slots and blocks agree."""
+        slots = [seq.slot for seq in self.running]
+        assert sorted(slots + self._slots) == list(range(len(self.block_tables))), "slots are lost or doubly used"
+        if self.blocks is not None:
+            self.blocks.check_integrity(self.owned(seq) for seq in self.running)
+            for seq in self.running:
+                assert seq.num_computed_tokens <= seq.num_blocks * self.block_size, "computed tokens without a block"
+        running = {id(seq) for seq in self.running}
+        assert all(id(seq) in running for seq in self._pending.values()), "a pending block has no owner"

@@ -1,0 +1,66 @@
+"""A request as the engine holds it: its tokens, how far they are computed, the blocks that hold their KV."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import xxhash
+from torch import Tensor
+
+from engines.api import Request, SamplingParams, TokenLogprobs
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Made by the engine at submit; the scheduler sets blocks and counts, the sampler appends tokens."""
+
+    seq_id: int
+    request: Request
+    sampling: SamplingParams
+    max_num_tokens: int
+    """Prompt and output may have this many tokens."""
+    reusable_tokens: int
+    """Leading prompt tokens whose hidden states nobody asks for, so that their KV may come from the prefix cache."""
+    token_ids: list[int]
+    num_prompt_tokens: int
+    num_computed_tokens: int = 0
+    num_cached_tokens: int = 0
+    """Prompt tokens whose KV was reused when the sequence was first admitted."""
+    context_key: int = 0
+    slot: int = -1
+    """Row of the scheduler's block table while running."""
+    num_blocks: int = 0
+    num_registered_blocks: int = 0
+    """Leading blocks that the prefix cache knows."""
+    digests: list[int] = field(default_factory=list)
+    """Chained digests of the leading full blocks' tokens, as far as they were asked for."""
+    admissions: int = 0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    values: list[float] = field(default_factory=list)
+    pooled: Tensor | None = None
+    """Running sum or maximum of hidden states, float32, for mean and max pooling."""
+    counts: Tensor | None = None
+    """[2, vocab] int32 occurrences in prompt and output; only where penalties want them."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def num_remaining_tokens(self) -> int:
+        """Tokens to be computed before the next one can be drawn."""
+        return len(self.token_ids) - self.num_computed_tokens
+
+    def digest(self, index: int, block_size: int) -> int:
+        """Identity of the tokens in blocks 0 to index, all full, and of the context key they were computed under."""
+        while len(self.digests) <= index:
+            parent = self.digests[-1] if self.digests else self.context_key
+            start = len(self.digests) * block_size
+            tokens = np.array(self.token_ids[start : start + block_size], dtype=np.int32).tobytes()
+            self.digests.append(xxhash.xxh3_128_intdigest(parent.to_bytes(16, "little") + tokens))
+        return self.digests[index]

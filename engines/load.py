@@ -1,0 +1,61 @@
+"""From resolved settings to a running engine: the op set by the backend's name, the model, the size of the cache."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+
+import torch
+
+from engines import platform
+from engines.api import EngineConfig, EngineSettings
+from engines.core.engine import LLMEngine
+from engines.models.base import Model
+from engines.models.load import load_model
+from engines.ops import OpSet
+from engines.weights import DTYPES
+
+
+def load_engine(settings: EngineSettings, detokenize: Callable[[Sequence[int]], str] | None = None) -> LLMEngine:
+    """An engine ready for requests. detokenize is needed by requests with stop strings.
+
+    Raises CheckpointError or UnsupportedModelError as engines.models.load.load_model does, MemoryError when not even
+    one block of KV cache fits.
+    """
+    threads = getattr(settings.config, "num_threads", None)
+    if threads:
+        torch.set_num_threads(threads)
+    ops: OpSet = importlib.import_module(f"engines.{settings.backend}.opset").OpSet()
+    dtype, device = DTYPES[settings.dtype], torch.device(settings.device)
+    with torch.inference_mode():
+        model = load_model(settings, ops)
+        return LLMEngine(
+            model,
+            ops,
+            settings.config,
+            num_blocks(model, settings.config, dtype),
+            dtype,
+            device,
+            settings.eos_token_ids,
+            detokenize,
+            settings.pooling,
+            settings.normalize,
+        )
+
+
+def num_blocks(model: Model, config: EngineConfig, dtype: torch.dtype) -> int:
+    """Blocks of KV cache: as many as kv_cache_bytes or the share of free memory holds, no more than can be in use."""
+    if not model.paged or not model.num_cache_layers:
+        return 0
+    values = 2 * model.num_cache_layers * model.num_kv_heads * model.head_dim
+    block_bytes = values * config.block_size * dtype.itemsize
+    length = min(config.max_model_len or model.max_model_len, model.max_model_len)
+    most = config.max_num_seqs * -(-length // config.block_size)
+    size = config.kv_cache_bytes or int(config.kv_memory_fraction * platform.free_memory_bytes())
+    count = min(size // block_bytes, most)
+    if count < 1:
+        raise MemoryError(
+            f"backend_config.kv_cache_bytes: {size:,} bytes; expected at least {block_bytes:,} for one block of "
+            f"{config.block_size} tokens; free memory, or make block_size smaller"
+        )
+    return count
