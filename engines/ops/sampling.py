@@ -70,7 +70,7 @@ def sample(logits: Tensor, params: SamplingBatch) -> Tensor:
 def _top_k_top_p(probs: Tensor, top_k: Tensor, top_p: Tensor) -> Tensor:
     if not bool(((top_k > 0) | (top_p < 1)).any()):
         return probs
-    ordered, order = probs.sort(-1, descending=True, stable=True)
+    ordered, order = torch.sort(probs, dim=-1, descending=True, stable=True)
     rank = torch.arange(probs.shape[-1], device=probs.device)[None, :]
     ordered = ordered.masked_fill((top_k[:, None] > 0) & (rank >= top_k[:, None]), 0.0)
     before = ordered.cumsum(-1) - ordered
