@@ -1,0 +1,74 @@
+"""One workload through the CPU engine: wall time and tokens per second, without the load."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import time
+from pathlib import Path
+
+from engines.api import Request, SamplingParams
+from engines.cpu.offers import Config
+from engines.load import EngineSettings, load_engine
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model")
+    parser.add_argument("workload")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--repeat", type=int, default=1)
+    parser.add_argument("--limit", type=int, help="only the first requests")
+    parser.add_argument("--profile", action="store_true", help="print where the time goes, by op")
+
+
+def run(args: argparse.Namespace) -> None:
+    workload = json.loads(Path(args.workload).read_text())[: args.limit]
+    for _ in range(args.repeat):
+        print(json.dumps(measure(args, workload)), flush=True)
+
+
+def measure(args: argparse.Namespace, workload: list[dict]) -> dict[str, object]:
+    start = time.perf_counter()
+    config = Config(max_model_len=2048, kv_cache_bytes=4 << 30)
+    engine = load_engine(EngineSettings("cpu", args.model, args.dtype, config))
+    load_s = time.perf_counter() - start
+    start = time.perf_counter()
+    requests = [
+        Request(i, "generate", r["prompt"], SamplingParams(max_tokens=r["n"], ignore_eos=True))
+        for i, r in enumerate(workload)
+    ]
+    engine.submit(requests)
+    if args.profile:
+        profiled(engine)
+    done = 0
+    while engine.num_unfinished:
+        for outcome in engine.step():
+            assert outcome.error is None, outcome.error
+            done += len(outcome.token_ids)
+    wall_s = time.perf_counter() - start
+    prompt = sum(len(r["prompt"]) for r in workload)
+    assert done == sum(r["n"] for r in workload)
+    stats = engine.stats()
+    engine.close()
+    return {
+        "model": Path(args.model).name,
+        "workload": Path(args.workload).stem,
+        "wall_s": round(wall_s, 2),
+        "out_tok_s": round(done / wall_s, 1),
+        "total_tok_s": round((prompt + done) / wall_s, 1),
+        "load_s": round(load_s, 2),
+        "steps": stats.num_steps,
+        "cached_tokens": stats.num_cached_tokens,
+        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+
+
+def profiled(engine: object) -> None:
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU]) as result:
+        while engine.num_unfinished:  # type: ignore[attr-defined]
+            engine.step()  # type: ignore[attr-defined]
+    print(result.key_averages().table(sort_by="self_cpu_time_total", row_limit=25))
+    raise SystemExit

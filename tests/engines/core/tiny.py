@@ -1,0 +1,92 @@
+"""A one-layer attention model in a few lines: what the engine's tests run, with an answer known without an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from engines.api import EngineConfig
+from engines.batch import Batch
+from engines.core.engine import LLMEngine
+from engines.models.spec import DecoderSpec, RopeSpec
+from engines.ops import OpSet
+from engines.ops.kv_cache import KVCache
+
+VOCAB, HEADS, DIM = 53, 2, 8
+
+
+class TinyModel:
+    """Embedding, position, paged attention, head; float64, so that the order of sums never decides a token."""
+
+    paged = True
+    num_cache_layers, num_kv_heads, head_dim = 1, HEADS, DIM
+    vocab_size, hidden_size = VOCAB, HEADS * DIM
+
+    def __init__(self, max_model_len: int = 96, poison: int | None = None) -> None:
+        """poison: a token id that makes `forward` raise when it is among the new tokens."""
+        generator = torch.Generator().manual_seed(0)
+
+        def weight(*shape: int) -> Tensor:
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.max_model_len = max_model_len
+        self.poison = poison
+        self.embedding, self.position = weight(VOCAB, HEADS * DIM), weight(max_model_len + 1, HEADS * DIM)
+        self.qkv, self.head = weight(HEADS * DIM, 3 * HEADS * DIM), weight(HEADS * DIM, VOCAB)
+        self.spec = DecoderSpec(VOCAB, HEADS * DIM, 1, 1, HEADS, HEADS, DIM, max_model_len, RopeSpec())
+        self.ops = OpSet()
+        self.released: list[int] = []
+
+    def forward(self, batch: Batch, caches: list[KVCache]) -> Tensor:
+        if self.poison is not None and bool((batch.token_ids == self.poison).any()):
+            raise RuntimeError("poison")
+        x = self.embedding[batch.token_ids] + self.position[batch.positions]
+        q, k, v = (part.unflatten(1, (HEADS, DIM)) for part in (x @ self.qkv).chunk(3, dim=1))
+        assert batch.slot_mapping is not None
+        self.ops.write_kv(k, v, caches[0], batch.slot_mapping)
+        x = x + self.ops.paged_attention(q, caches[0], batch, DIM**-0.5).flatten(1)
+        return x if batch.output_indices is None else x[batch.output_indices]
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return hidden @ self.head
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        return (hidden @ self.head)[:, :3].float()
+
+    def context_key(self, num_prompt_tokens: int, num_tokens: int) -> int:
+        return 0
+
+    def release(self, seq_id: int) -> None:
+        self.released.append(seq_id)
+
+    def all_hidden(self, token_ids: Sequence[int]) -> Tensor:
+        """Hidden states of a text, without cache, batch or engine."""
+        ids = torch.tensor(token_ids)
+        x = self.embedding[ids] + self.position[torch.arange(len(ids))]
+        q, k, v = (part.unflatten(1, (HEADS, DIM)).transpose(0, 1) for part in (x @ self.qkv).chunk(3, dim=1))
+        scores = q @ k.transpose(1, 2) * DIM**-0.5
+        scores = scores.masked_fill(torch.ones(len(ids), len(ids)).triu(1).bool(), float("-inf"))
+        return x + (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+
+    def greedy(self, prompt: Sequence[int], count: int) -> list[int]:
+        ids = list(prompt)
+        for _ in range(count):
+            ids.append(int(self.logits(self.all_hidden(ids)[-1:]).argmax()))
+        return ids[len(prompt) :]
+
+
+def make_engine(model: TinyModel, num_blocks: int = 64, pooling: str | None = None, **config: object) -> LLMEngine:
+    settings = EngineConfig(**{"block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32, **config})  # type: ignore[arg-type]
+    return LLMEngine(
+        model,
+        model.ops,
+        settings,
+        num_blocks,
+        torch.float64,
+        torch.device("cpu"),
+        eos_token_ids=(1,),
+        detokenize=lambda ids: "".join(chr(ord("a") + i % 26) for i in ids),
+        pooling=pooling,
+    )
