@@ -63,6 +63,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         """In order of admission."""
         self.num_preemptions = 0
+        """Sequences that gave their blocks back because others needed them."""
         width = -(-max_model_len // block_size) if blocks is not None else 0
         self.block_tables = np.zeros((self.max_num_seqs, width), dtype=np.int32)
         self._slots = list(range(self.max_num_seqs - 1, -1, -1))
@@ -188,6 +189,7 @@ class Scheduler:
         while not self.blocks.num_free:
             last = self.running[-1]
             self._preempt(last)
+            self.num_preemptions += 1
             if last is seq:
                 return False
         self.block_tables[seq.slot, seq.num_blocks] = self.blocks.allocate()
@@ -195,7 +197,6 @@ class Scheduler:
         return True
 
     def _preempt(self, seq: Sequence) -> None:
-        self.num_preemptions += 1
         self.remove(seq)
         seq.num_computed_tokens = 0
         seq.values.clear()
