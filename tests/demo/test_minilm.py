@@ -1,4 +1,4 @@
-"""all-MiniLM-L6-v2, as it is installed, on a thousand real sentences: the vectors are those of sentence-transformers."""
+"""all-MiniLM-L6-v2 on a thousand real sentences: the vectors are those of sentence-transformers."""
 
 from __future__ import annotations
 
