@@ -1,0 +1,21 @@
+"""The ops of the CPU engine: the reference, but for what is faster here."""
+
+from __future__ import annotations
+
+from engines import extension, ops
+from engines.cpu import attention, linear
+
+
+class OpSet(ops.OpSet):
+    """oneDNN for products; attention from the compiled library where it was built, else on plain torch."""
+
+    prepare_linear = staticmethod(linear.prepare_linear)
+    linear = staticmethod(linear.linear)
+    paged_attention = staticmethod(attention.paged_attention)
+
+    def __init__(self) -> None:
+        if extension.reason() is None:
+            extension.load()
+            from engines.cpu import compiled
+
+            self.paged_attention = compiled.paged_attention
