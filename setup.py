@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import platform
 import shlex
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import Extension, setup
@@ -20,8 +22,15 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).parent
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").glob("*.h"))
+KERNEL_SUFFIX = "_kernel.cpp"
+"""Sources compiled once for each instruction set; the others choose among them at run time."""
+X86_FLAGS = {
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
+    "avx2": ("-mavx2", "-mfma"),
+    "baseline": (),
+}
 TARGET_VERSION = "0x020b000000000000"
-FLAGS = ("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter")
+FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter")
 
 
 def torch_folder() -> Path | None:
@@ -71,19 +80,41 @@ class BuildExt(build_ext):
         command, torch = compiler(), torch_folder()
         assert command is not None
         assert torch is not None
-        include = [f"-I{torch / 'include'}", f"-I{torch / 'include/torch/csrc/api/include'}"]
+        flags = [*FLAGS, f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", f"-I{torch / 'include'}"]
+        x86 = platform.machine() in ("x86_64", "AMD64")
+        if x86:
+            flags.append("-DCPU_OPS_X86")
+        temporary = Path(self.build_temp).absolute()
+        temporary.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
+        jobs: dict[Path, list[str]] = {}
+        for source in SOURCES:
+            name = temporary / Path(source).stem
+            if not source.endswith(KERNEL_SUFFIX):
+                jobs[name.with_suffix(".o")] = [*command, *flags, "-c", source]
+                continue
+            for isa, extra in (X86_FLAGS if x86 else {"baseline": ()}).items():
+                jobs[name.with_suffix(f".{isa}.o")] = [*command, *flags, *extra, f"-DISA={isa}", "-c", source]
+        with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+            failures = pool.map(run, [[*job, "-o", str(made)] for made, job in jobs.items()])
+            why = next((failure for failure in failures if failure), None)
+        if why:
+            return why
         partial = target.with_suffix(".so.partial")
-        link = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10", "-shared"]
-        define = f"-DTORCH_TARGET_VERSION={TARGET_VERSION}"
-        full = [*command, *FLAGS, define, *include, *SOURCES, *link, "-o", str(partial)]
-        done = subprocess.run(full, cwd=ROOT, capture_output=True, text=True)  # noqa: S603
-        if done.returncode != 0:
-            partial.unlink(missing_ok=True)
-            errors = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
-            return f"{command[0]} failed with {errors[0] if errors else done.returncode}"
-        partial.replace(target)
+        link = ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(partial)]
+        why = run([*command, *map(str, jobs), *link])
+        if why is None:
+            partial.replace(target)
+        return why
+
+
+def run(command: list[str]) -> str | None:
+    """The first error of a compiler's command, None where there was none."""
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)  # noqa: S603
+    if done.returncode == 0:
         return None
+    lines = done.stderr.splitlines()
+    return next((line for line in lines if "error" in line), lines[0] if lines else f"{command[0]} failed")
 
 
 setup(

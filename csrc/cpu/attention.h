@@ -1,0 +1,54 @@
+// What the op (attention.cpp) and its kernel (attention_kernel.cpp) say to each other. No headers that bring inline
+// functions: the kernel is compiled once for each instruction set, and the linker keeps one copy of such a function.
+#pragma once
+
+#include <stdint.h>
+
+namespace cpu_ops {
+
+enum class Type : int { f32, f16, bf16 };
+
+// Keys that are scored at once, at positions that are multiples of it: sums are made in the same order in any batch.
+constexpr int kTile = 64;
+// Query rows (token, head) that share one conversion of a tile of keys and values.
+constexpr int kRows = 64;
+// Floats before a row's sum in its state: running maximum, running denominator; the rest pads to 64 bytes.
+constexpr int kStateHeader = 16;
+
+// Up to kRows query rows of one KV head against the keys [begin, end) of one block table.
+struct Work {
+  Type type;
+  int num_rows;
+  int head_dim;
+  const void* q[kRows];      // [head_dim] of each row
+  void* out[kRows];          // the same
+  int64_t position[kRows];   // of the row's token: it sees keys up to this one
+  float sink[kRows];         // read if has_sinks
+  float* state[kRows];       // kStateHeader + head_dim floats; or null: nothing went before
+  bool store_state;          // end with the state, not with the output
+  bool has_sinks;
+  const int32_t* block_table;
+  int64_t begin;             // a multiple of kTile
+  int64_t end;
+  const char* k;             // of this KV head in block 0
+  const char* v;
+  int64_t k_block_stride, k_slot_stride, v_block_stride, v_slot_stride;  // in bytes
+  int64_t block_size;
+  int64_t window;            // 0: none
+  float scale;
+  float softcap;             // 0: none
+};
+
+// Floats of scratch that a thread needs, aligned to 64 bytes.
+inline constexpr int64_t scratch_floats(int64_t head_dim) {
+  const int64_t padded = (head_dim + 15) / 16 * 16;
+  return (2 * kRows + kTile) * padded + kTile * (padded + 16) + kRows * kTile + 4 * kRows;
+}
+
+using Kernel = void (*)(const Work&, float* scratch);
+
+namespace avx512 { void attend(const Work& work, float* scratch); }
+namespace avx2 { void attend(const Work& work, float* scratch); }
+namespace baseline { void attend(const Work& work, float* scratch); }
+
+}  // namespace cpu_ops
