@@ -7,12 +7,18 @@ the engine: an engines.api.Kind) and `build(job, checkpoint, tokenizer, max_mode
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import pyarrow as pa
 
+from engines import discover
 from engines.api import Kind, Outcome, Request
 from runner.errors import RowError
+
+if TYPE_CHECKING:
+    from engines.checkpoint import Checkpoint
+    from runner.config import JobConfig
+    from runner.prompt import Tokenizer
 
 RowRequests = Sequence[Request] | RowError
 """The requests of one row (one a sample), or why there are none."""
@@ -35,3 +41,10 @@ class Task(Protocol):
 
     def outputs(self, results: Sequence[Sequence[Outcome] | RowError]) -> pa.RecordBatch:
         """Output columns of these rows, in `schema`; one output row for each element."""
+
+
+def build_task(job: JobConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, max_model_len: int) -> Task:
+    """The task that job.task names. Raises ConfigError for a template that cannot be read."""
+    module = discover.modules("runner.tasks")[job.task.name]
+    task: Task = module.build(job, checkpoint, tokenizer, max_model_len)
+    return task

@@ -1,0 +1,70 @@
+"""A label for a text, with the classification head of the checkpoint and the label names of its config.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from engines.api import Kind, Outcome
+from engines.checkpoint import Checkpoint
+from runner.config import JobConfig, TaskConfig
+from runner.prompt import Tokenizer
+from runner.tasks._common import Result, column
+from runner.tasks.embed import COUNTS, TextTask
+
+KIND: Kind = "classify"
+
+
+@dataclass(frozen=True)
+class Config(TaskConfig):
+    """A label for a text, with the classification head of the checkpoint and the label names of its config.json."""
+
+    text: str
+    """Jinja template over the columns of a row."""
+
+
+class Classify(TextTask):
+    def __init__(
+        self, job: JobConfig, tokenizer: Tokenizer, limit: int, text: str, labels: Sequence[str], several: bool
+    ) -> None:
+        """several: labels do not exclude each other (sigmoid instead of softmax)."""
+        super().__init__(job, tokenizer, limit, text, KIND)
+        self._labels = labels
+        self._several = several
+        self._probabilities = pa.struct([(label, pa.float32()) for label in labels])
+        self.schema = pa.schema(
+            [("label", pa.string()), ("probability", pa.float32()), ("probabilities", self._probabilities), *COUNTS]
+        )
+
+    def outputs(self, results: Sequence[Result]) -> pa.RecordBatch:
+        def best(outcome: Outcome) -> int:
+            values = list(outcome.values or ())
+            return values.index(max(values))
+
+        columns = [
+            column(results, pa.string(), 1, lambda o: self._labels[best(o)]),
+            column(results, pa.float32(), 1, lambda o: self._shares(o)[best(o)]),
+            column(results, self._probabilities, 1, lambda o: dict(zip(self._labels, self._shares(o), strict=True))),
+        ]
+        return pa.RecordBatch.from_arrays([*columns, *self.counts(results)], schema=self.schema)
+
+    def _shares(self, outcome: Outcome) -> list[float]:
+        values = list(outcome.values or ())
+        if self._several:
+            return [1 / (1 + math.exp(-max(min(v, 700.0), -700.0))) for v in values]
+        top = max(values)
+        powers = [math.exp(v - top) for v in values]
+        return [p / sum(powers) for p in powers]
+
+
+def build(job: JobConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, max_model_len: int) -> Classify:
+    config = job.task
+    assert isinstance(config, Config)
+    names = checkpoint.config.get("id2label") or {}
+    count = len(names) or int(checkpoint.config.get("num_labels", 2))
+    labels = [str(names.get(str(i), f"LABEL_{i}")) for i in range(count)]
+    several = checkpoint.config.get("problem_type") == "multi_label_classification"
+    return Classify(job, tokenizer, max_model_len, config.text, labels, several)

@@ -1,0 +1,161 @@
+"""Text that continues a prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import pyarrow as pa
+
+from engines.api import Kind, Outcome
+from engines.checkpoint import Checkpoint
+from runner.config import JobConfig, TaskConfig
+from runner.errors import RowError
+from runner.prompt import Template, Tokenizer
+from runner.tasks import RowRequests
+from runner.tasks._common import Prompt, Requests, Result, column, fit, good, unreadable
+
+KIND: Kind = "generate"
+
+
+@dataclass(frozen=True)
+class Config(TaskConfig):
+    """Text that continues a prompt."""
+
+    prompt: str
+    """Jinja template over the columns of a row."""
+    add_special_tokens: bool = True
+    """Begin with the tokens that the checkpoint's tokenizer puts before a text (beginning-of-sequence)."""
+    on_too_long: str = field(default="error", metadata={"choices": ("error", "truncate_left", "truncate_right")})
+    """A prompt longer than the context: an error of its row, or cut on that side, with input_truncated set."""
+
+
+class Generate:
+    """Prompts from a function over batches; the chat task gives another one."""
+
+    kind: Kind = KIND
+
+    def __init__(
+        self,
+        job: JobConfig,
+        tokenizer: Tokenizer,
+        limit: int,
+        columns: Sequence[str],
+        prompts: Callable[[pa.RecordBatch], list[Prompt]],
+        on_too_long: str,
+    ) -> None:
+        """limit: most tokens in a prompt."""
+        self._tokenizer = tokenizer
+        self._limit = limit
+        self._prompts = prompts
+        self._on_too_long = on_too_long
+        self._requests = Requests(job, KIND)
+        self._samples = job.samples
+        self._min_tokens = job.sampling.min_tokens
+        self._token_ids = job.output.token_ids
+        self._logprobs = job.sampling.logprobs is not None
+        self._truncated: dict[int, bool] = {}
+        self.columns = sorted({*columns, *self._requests.columns})
+        self.schema = self._schema()
+
+    def _schema(self) -> pa.Schema:
+        def each(kind: pa.DataType) -> pa.DataType:
+            return pa.list_(kind) if self._samples > 1 else kind
+
+        columns = [("text", each(pa.string()))]
+        if self._token_ids:
+            columns.append(("token_ids", each(pa.list_(pa.int32()))))
+        columns += [
+            ("finish_reason", each(pa.string())),
+            ("num_prompt_tokens", pa.int32()),
+            ("num_output_tokens", each(pa.int32())),
+            ("input_truncated", pa.bool_()),
+        ]
+        if self._logprobs:
+            columns.append(("logprobs", each(LOGPROBS)))
+        return pa.schema(columns)
+
+    def requests(self, batch: pa.RecordBatch, file: str, first_id: int) -> list[RowRequests]:
+        prompts: list[Prompt] = []
+        for i, prompt in enumerate(self._prompts(batch)):
+            cut = False
+            if not isinstance(prompt, RowError):
+                prompt, cut = fit(prompt, self._limit, self._on_too_long)
+            if cut:
+                self._truncated[first_id + i * self._samples] = True
+            prompts.append(prompt)
+        return self._requests.make(batch, file, first_id, prompts)
+
+    def outputs(self, results: Sequence[Result]) -> pa.RecordBatch:
+        texts = self._texts(results)
+        samples = self._samples
+        columns = [column(results, pa.string(), samples, lambda o: texts[o.request_id])]
+        if self._token_ids:
+            columns.append(column(results, pa.list_(pa.int32()), samples, lambda o: o.token_ids))
+        columns += [
+            column(results, pa.string(), samples, lambda o: o.finish_reason),
+            column(results, pa.int32(), 1, lambda o: o.num_prompt_tokens),
+            column(results, pa.int32(), samples, lambda o: len(o.token_ids)),
+            column(results, pa.bool_(), 1, lambda o: self._truncated.pop(o.request_id, False)),
+        ]
+        if self._logprobs:
+            columns.append(column(results, LOGPROBS, samples, _logprobs))
+        return pa.RecordBatch.from_arrays(columns, schema=self.schema)
+
+    def _texts(self, results: Sequence[Result]) -> dict[int, str]:
+        """By request id: decoded, and cut before the stop string."""
+        outcomes = [o for result in results for o in good(result) or ()]
+        texts = self._tokenizer.decode_batch([o.token_ids for o in outcomes])
+        return {o.request_id: self._before_stop(text, o) for o, text in zip(outcomes, texts, strict=True)}
+
+    def _before_stop(self, text: str, outcome: Outcome) -> str:
+        """The text without the stop string that ended it and what the last token brought behind it."""
+        stop = outcome.stop_reason
+        if not isinstance(stop, str):
+            return text
+        # Stop strings within the first min_tokens tokens did not count.
+        forced = self._tokenizer.decode(outcome.token_ids[: self._min_tokens]) if self._min_tokens else ""
+        at = text.find(stop, max(len(forced) - len(stop), 0))
+        return text if at < 0 else text[:at]
+
+
+LOGPROBS = pa.list_(
+    pa.struct(
+        [("logprob", pa.float32()), ("top_token_ids", pa.list_(pa.int32())), ("top_logprobs", pa.list_(pa.float32()))]
+    )
+)
+
+
+def _logprobs(outcome: Outcome) -> list[dict[str, object]]:
+    return [
+        {"logprob": t.logprob, "top_token_ids": t.top_ids, "top_logprobs": t.top_logprobs}
+        for t in outcome.logprobs or ()
+    ]
+
+
+def encoded(
+    tokenizer: Tokenizer, texts: Sequence[str | RowError], bad: Sequence[str | None], special: bool
+) -> list[Prompt]:
+    """Token ids of the texts of sound rows."""
+    rows = [i for i, text in enumerate(texts) if bad[i] is None and isinstance(text, str)]
+    ids = iter(tokenizer.encode([str(texts[i]) for i in rows], special))
+    found: list[Prompt] = []
+    for text, why in zip(texts, bad, strict=True):
+        if why is not None:
+            found.append(RowError("unreadable_row", why))
+        elif isinstance(text, RowError):
+            found.append(text)
+        else:
+            found.append(next(ids))
+    return found
+
+
+def build(job: JobConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, max_model_len: int) -> Generate:
+    config = job.task
+    assert isinstance(config, Config)
+    template = Template(config.prompt, "task.prompt")
+
+    def prompts(batch: pa.RecordBatch) -> list[Prompt]:
+        return encoded(tokenizer, template.render(batch), unreadable(batch), config.add_special_tokens)
+
+    return Generate(job, tokenizer, max_model_len - 1, template.columns, prompts, config.on_too_long)
