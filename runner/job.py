@@ -1,0 +1,529 @@
+"""Runs a job: `run` is the flow from a plan to committed parts, the rest of this file its steps.
+
+    source -> task -> engine -> open chunks -> journal, sink -> ledger
+
+The engine holds about `window_rows` rows; whatever order it finishes them in, a chunk is committed in input order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import orjson
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from engines.api import CheckpointError, Engine, EngineStats, Outcome, Request, UnsupportedModelError
+from engines.checkpoint import open_checkpoint
+from runner.chunk import Chunk, Part
+from runner.config import JobConfig, to_yaml
+from runner.errors import EngineError, InputError, InternalError, Interrupted, RowError, TooManyErrors
+from runner.inspect import UNKNOWN_LENGTH, check_columns
+from runner.journal import Journal
+from runner.ledger import Ledger
+from runner.openai_batch import write_batch_files
+from runner.progress import Counts, Progress, Summary
+from runner.prompt import load_tokenizer
+from runner.sink import Sink
+from runner.source import Source, open_source
+from runner.tasks import build_task
+from runner.window import CODE_COLUMN, Layout, OpenChunk, Result, without
+
+if TYPE_CHECKING:
+    from runner.plan import Plan
+
+PIECE_ROWS = 1024
+"""Most rows that become requests at once."""
+TABLE_ROWS = 4096
+"""Finished rows of a chunk that become a table without waiting for the journal's interval."""
+MIN_ROWS_FOR_RATE = 100
+"""Before this many rows `max_error_rate` says nothing."""
+COUNTING_S = 2.0
+"""Longest time to find out how many rows the input has, for the progress; beyond it the job starts without knowing."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""SIGUSR1 is what Slurm is asked to send before its time limit."""
+
+LoadEngine = Callable[[], Engine]
+
+
+def run(plan: Plan, engine: Engine | None = None) -> Summary:
+    """Do a job, or go on with it, up to the last row.
+
+    Args:
+        engine: Given by tests and benchmarks, and left open; null: the plan's, loaded when there is a row for it.
+
+    Raises:
+        ConfigError, InputError, OutputError: Before any weight is loaded, where that can be known.
+        EngineError: The engine could not be loaded or failed; finished rows are kept.
+        TooManyErrors: As max_error_rate and max_consecutive_errors say; finished rows are kept.
+        Interrupted: By a signal or max_runtime_s; finished rows are kept.
+    """
+    began, job = time.monotonic(), plan.job
+    source = open_source(job.dataset)
+    checkpoint = open_checkpoint(plan.settings.model_path)
+    tokenizer = load_tokenizer(checkpoint.path)
+    task = build_task(job, checkpoint, tokenizer, plan.settings.config.max_model_len or UNKNOWN_LENGTH)
+    check_columns(job, task, source)
+    layout = Layout(job, source.schema, task)
+    ledger = Ledger.open(plan.output_folder, plan.fingerprint, job.on_change)
+    shard = f"shard {job.shard.index}" if job.shard.count > 1 else ""
+    with contextlib.closing(Progress(ledger.folder, shard)) as progress, Stop(job, began) as stop:
+        if ledger.finished and not job.retry_errors:
+            progress.say(f"{job.name}: finished already, nothing to do: {ledger.folder}")
+            return summarize(ledger, True, Counts(), began)
+        save_plan(plan, ledger)
+        for name, new in layout.renamed.items():
+            progress.say(f"dataset: column {name!r} is in the output as {new!r}, as the task has one of that name")
+        progress.total_rows = count_rows(source, job, ledger)
+        sink = Sink(ledger.storage, layout.schema, job.output, {"job": job.name})
+        with contextlib.closing(Journal.open(ledger.storage, layout.schema, f"shard{job.shard.index}")) as journal:
+            load = EngineLoader(plan, engine, tokenizer.decode, progress, stop)
+            runner = JobRunner(job, source, layout, ledger, sink, journal, progress, stop)
+            with contextlib.closing(load):
+                runner.run(load)
+        finished = ledger.finish(runner.num_chunks, summarize(ledger, True, runner.counts, began).to_dict())
+        if finished and job.output.format == "openai_batch":
+            write_batch_files(ledger, job.model.path)
+        summary = summarize(ledger, finished, runner.counts, began)
+        progress.say(summary.text())
+        return summary
+
+
+def summarize(ledger: Ledger, finished: bool, counts: Counts, began: float) -> Summary:
+    """began: on the monotonic clock."""
+    parts = ledger.done().values()
+    return Summary(
+        folder=ledger.folder,
+        finished=finished,
+        num_rows=sum(part.num_rows for part in parts),
+        num_errors=sum(part.num_errors for part in parts),
+        time_s=time.monotonic() - began,
+        counts=counts,
+    )
+
+
+def save_plan(plan: Plan, ledger: Ledger) -> None:
+    """Put plan.json and config.yaml next to the results."""
+    options = orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
+    ledger.storage.replace("plan.json", orjson.dumps(plan.to_dict(), option=options))
+    ledger.storage.replace("config.yaml", to_yaml(plan.job).encode())
+
+
+def count_rows(source: Source, job: JobConfig, ledger: Ledger) -> int | None:
+    """Rows of the input that this process is to read; None if listing the chunks takes long."""
+    began, done, total = time.monotonic(), ledger.done(), 0
+    for chunk in source.chunks():
+        if time.monotonic() - began > COUNTING_S:
+            return None
+        if is_wanted(job, chunk.index, done.get(chunk.index)):
+            total += chunk.num_rows
+    return total
+
+
+def is_wanted(job: JobConfig, chunk_index: int, part: Part | None) -> bool:
+    """Whether this process has to do something for a chunk. part: what is committed of it."""
+    if chunk_index % job.shard.count != job.shard.index:
+        return False
+    return part is None or (job.retry_errors and part.num_errors > 0)
+
+
+class Stop:
+    """Whether to leave: a signal came, or the time is over. Handles signals while it is entered, in the main thread.
+
+    The first signal asks the loop to leave; if that takes longer than grace_s, or at a second Ctrl-C, the process ends
+    on the spot, which costs only what has not reached the journal.
+    """
+
+    def __init__(self, job: JobConfig, began: float) -> None:
+        self._grace_s = job.grace_s
+        self._deadline = None if job.max_runtime_s is None else began + job.max_runtime_s
+        self._max_runtime_s = job.max_runtime_s
+        self._received: signal.Signals | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+        self._timer: threading.Timer | None = None
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._received is not None:
+            if number == signal.SIGINT:
+                os._exit(Interrupted.exit_code)
+            return
+        self._received = signal.Signals(number)
+        self._timer = threading.Timer(self._grace_s, os._exit, [Interrupted.exit_code])
+        self._timer.daemon = True
+        self._timer.start()
+
+    def check(self) -> None:
+        """Raise Interrupted if it is time to leave."""
+        again = "run the same command again to go on"
+        if self._received is not None:
+            raise Interrupted(f"stopped by {self._received.name}; finished rows are kept; {again}", by_signal=True)
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise Interrupted(f"max_runtime_s: {self._max_runtime_s:g} s are over; rows are left; {again}")
+
+
+class EngineLoader:
+    """Gives the engine, and loads it when it is first asked for."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        engine: Engine | None,
+        detokenize: Callable[[Sequence[int]], str],
+        progress: Progress,
+        stop: Stop,
+    ) -> None:
+        self._plan = plan
+        self._given = engine
+        self._detokenize = detokenize
+        self._progress = progress
+        self._stop = stop
+        self._loaded: Engine | None = None
+
+    def __call__(self) -> Engine:
+        if self._given is not None:
+            return self._given
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    def close(self) -> None:
+        """Close the engine if it was loaded here."""
+        if self._loaded is not None:
+            self._loaded.close()
+
+    def _load(self) -> Engine:
+        from engines.load import load_engine
+
+        settings, began = self._plan.settings, time.monotonic()
+        try:
+            engine = load_engine(settings, self._detokenize)
+        except CheckpointError as error:
+            raise InputError(f"model.path: {error}") from error
+        except UnsupportedModelError as error:
+            raise EngineError(f"model.path: {error}") from error
+        except (MemoryError, RuntimeError, ImportError) as error:
+            raise EngineError(
+                f"engine {settings.backend}: cannot load {settings.model_path}: {error}; expected a model that fits "
+                "this device; see mode=plan, or choose another backend"
+            ) from error
+        seconds = time.monotonic() - began
+        self._progress.say(f"engine {settings.backend}: {settings.model_path} loaded in {seconds:.1f} s")
+        self._stop.check()
+        return engine
+
+
+class JobRunner:
+    """The loop: rows in, outcomes out, chunks committed as they are complete."""
+
+    def __init__(
+        self,
+        job: JobConfig,
+        source: Source,
+        layout: Layout,
+        ledger: Ledger,
+        sink: Sink,
+        journal: Journal,
+        progress: Progress,
+        stop: Stop,
+    ) -> None:
+        self.counts = Counts()
+        self.num_chunks = 0
+        """Of the whole input; known when the loop has ended."""
+        self._job, self._source, self._layout, self._ledger = job, source, layout, ledger
+        self._sink, self._journal, self._progress, self._stop = sink, journal, progress, stop
+        self._limit = ErrorLimit(job)
+        self._open: dict[int, OpenChunk] = {}
+        self._pending: dict[int, Row] = {}
+        """By request id: the rows in the engine."""
+        self._next_id = 0
+        self._num_in_engine = 0
+        """Rows."""
+        self._num_held = 0
+        """Rows of the open chunks."""
+        self._num_read = 0
+        """Input rows of the chunks that are behind us."""
+        self._exhausted = False
+        """Whether all chunks have been read."""
+        self._stats: EngineStats | None = None
+        self._last_sync = time.monotonic()
+        window = job.window_rows
+        self._piece_rows = max(1, min(PIECE_ROWS, window // 4))
+        # One long row keeps its chunk open while others pass by: their finished rows wait in memory, up to this many.
+        self._max_held = 4 * window + 4 * job.dataset.chunk_rows
+        self._pieces = self._read_pieces()
+
+    def run(self, load: LoadEngine) -> None:
+        """Process all chunks of this shard. Whatever ends it, finished rows are in the journal when it returns."""
+        engine: Engine | None = None
+        self._progress.start()
+        try:
+            while True:
+                requests = self._refill()
+                if self._exhausted and not self._num_in_engine:
+                    return
+                self._stop.check()
+                if self._num_in_engine:
+                    engine = engine or load()
+                    self._take(self._step(engine, requests))
+                    self._stats = engine.stats()
+                if time.monotonic() - self._last_sync >= self._job.output.journal_interval_s:
+                    self._save()
+                self._progress.update(self.counts, self._num_read, self._stats)
+        except BaseException:
+            self._save()
+            raise
+        finally:
+            self._progress.stop(self.counts, self._num_read, self._stats)
+
+    def _refill(self) -> list[Request]:
+        """Requests of the next rows, as many as there is room for."""
+        requests: list[Request] = []
+        num_rows = 0  # refused rows take no room in the engine: they must not keep the loop from its other duties
+        while num_rows < self._job.window_rows and (
+            not self._num_in_engine
+            or (self._num_in_engine + self._piece_rows <= self._job.window_rows and self._num_held <= self._max_held)
+        ):
+            piece = next(self._pieces, None)
+            if piece is None:
+                self._exhausted = True
+                break
+            requests += self._prepare(*piece)
+            num_rows += self._piece_rows
+        return requests
+
+    def _read_pieces(self) -> Iterator[tuple[OpenChunk, int]]:
+        """The chunks to be done, opened one after the other, cut into pieces: (chunk, first row of the piece)."""
+        done = self._ledger.done()
+        recovered = self._journal.recover(done, lambda index: is_wanted(self._job, index, done.get(index)))
+        for chunk in self._source.chunks():
+            self.num_chunks += 1
+            self._ledger.check(chunk)
+            self._journal.check(chunk)
+            part = done.get(chunk.index)
+            if is_wanted(self._job, chunk.index, part):
+                opened = self._open_chunk(chunk, part, recovered.pop(chunk.index, None))
+                if not opened.num_left:
+                    self._commit(opened)
+                for begin in range(0, opened.batch.num_rows, self._piece_rows):
+                    yield opened, begin
+
+    def _open_chunk(self, chunk: Chunk, part: Part | None, recovered: pa.Table | None) -> OpenChunk:
+        finished = [] if recovered is None else [recovered]
+        if part is not None:
+            with self._ledger.storage.open(part.path) as stream:
+                table = pq.read_table(stream, use_threads=False).replace_schema_metadata(None)
+            good = table.filter(pc.is_null(table.column(CODE_COLUMN)))
+            finished.append(good.cast(self._layout.schema))
+        rows = pa.concat_tables(finished) if finished else None
+        batch = without(self._source.read(chunk, self._layout.columns), rows)
+        opened = OpenChunk(chunk, self._layout, batch, rows, 0 if part is None else part.generation + 1)
+        self._open[chunk.index] = opened
+        self._num_held += batch.num_rows
+        return opened
+
+    def _prepare(self, opened: OpenChunk, begin: int) -> list[Request]:
+        """Requests of a piece. Rows that cannot become requests have their result at once."""
+        batch = opened.batch.slice(begin, self._piece_rows)
+        requests: list[Request] = []
+        first_id = self._next_id
+        rows = self._layout.task.requests(batch, opened.chunk.file_id, first_id)
+        for place, made in enumerate(rows, begin):
+            if isinstance(made, RowError):
+                self._limit.refused(made)
+                self._record(opened, place, made)
+                continue
+            self._limit.accepted()
+            row = Row(opened, place, len(made))
+            for request in made:
+                self._pending[request.request_id] = row
+            requests += made
+            self._num_in_engine += 1
+        self._next_id = first_id + batch.num_rows * self._job.samples
+        if requests:
+            self._next_id = max(self._next_id, requests[-1].request_id + 1)
+        self._limit.check()
+        self._settle(opened)
+        return requests
+
+    def _step(self, engine: Engine, requests: Sequence[Request]) -> list[Outcome]:
+        """One step of the engine; what it raises is not about a row."""
+        try:
+            if requests:
+                engine.submit(requests)
+            outcomes = engine.step()
+            lost = not outcomes and not engine.num_unfinished
+        except Exception as error:
+            raise EngineError(
+                f"engine: {type(error).__name__}: {error}; expected an outcome for each row; finished rows are kept: "
+                "run the same command again to go on"
+            ) from error
+        if lost and self._pending:
+            raise EngineError(
+                f"engine: has nothing left while {len(self._pending):,} requests have no outcome; expected one for "
+                "each; finished rows are kept: run the same command again to go on"
+            )
+        return outcomes
+
+    def _take(self, outcomes: Sequence[Outcome]) -> None:
+        """Put outcomes where they belong, and commit the chunks that are complete with them."""
+        counts, pending, touched = self.counts, self._pending, {}
+        for outcome in outcomes:
+            row = pending.pop(outcome.request_id, None)
+            if row is None:
+                raise InternalError(f"request {outcome.request_id}: an outcome that nobody waits for")
+            counts.num_prompt_tokens += outcome.num_prompt_tokens
+            counts.num_cached_tokens += outcome.num_cached_tokens
+            counts.num_output_tokens += len(outcome.token_ids)
+            row.outcomes.append(outcome)
+            if len(row.outcomes) == row.num_requests:
+                self._num_in_engine -= 1
+                result = row.result()
+                self._limit.returned(result)
+                self._record(row.opened, row.place, result)
+                touched[row.opened.chunk.index] = row.opened
+        self._limit.check()
+        for opened in touched.values():
+            self._settle(opened)
+
+    def _record(self, opened: OpenChunk, place: int, result: Result) -> None:
+        opened.add(place, result)
+        self.counts.num_rows += 1
+        if isinstance(result, RowError):
+            self.counts.errors[result.code] += 1
+
+    def _settle(self, opened: OpenChunk) -> None:
+        """What is due for a chunk after some of its rows were finished."""
+        if not opened.num_left:
+            self._commit(opened)
+        elif opened.num_buffered >= TABLE_ROWS:
+            self._to_journal(opened)
+
+    def _commit(self, opened: OpenChunk) -> None:
+        part = self._sink.write(opened.chunk, opened.table(), opened.num_errors, opened.generation)
+        self._ledger.commit(part)
+        self._journal.drop(opened.chunk.index)
+        del self._open[opened.chunk.index]
+        self._num_held -= opened.batch.num_rows
+        self._num_read += opened.chunk.num_rows
+
+    def _to_journal(self, opened: OpenChunk) -> None:
+        table = opened.flush()
+        if table is not None:
+            self._journal.append(opened.chunk.index, table, opened.chunk.file_id, opened.generation)
+
+    def _save(self) -> None:
+        """Bring all finished rows of open chunks into the journal."""
+        for opened in self._open.values():
+            self._to_journal(opened)
+        self._journal.sync()
+        self._last_sync = time.monotonic()
+
+
+class Row:
+    """A row in the engine."""
+
+    __slots__ = ("num_requests", "opened", "outcomes", "place")
+
+    def __init__(self, opened: OpenChunk, place: int, num_requests: int) -> None:
+        self.opened = opened
+        self.place = place
+        self.num_requests = num_requests
+        self.outcomes: list[Outcome] = []
+
+    def result(self) -> Result:
+        """The outcomes in the order of their requests, or the error of the first one that has one."""
+        if self.num_requests > 1:
+            self.outcomes.sort(key=lambda outcome: outcome.request_id)
+        for outcome in self.outcomes:
+            if outcome.error is not None:
+                return RowError(outcome.error.code, outcome.error.message)
+        return self.outcomes
+
+
+class ErrorLimit:
+    """When a job fails everywhere: max_error_rate and max_consecutive_errors.
+
+    Rows that become no request are known long before the rows around them have a result. So the two kinds are counted
+    apart: refused rows among those read, failed ones among those that came back from the engine.
+    """
+
+    def __init__(self, job: JobConfig) -> None:
+        self._rate = job.max_error_rate
+        self._consecutive = job.max_consecutive_errors
+        self._num_read = self._num_refused = self._refused_in_a_row = 0
+        self._num_returned = self._num_failed = self._failed_in_a_row = 0
+        self._most_in_a_row = 0
+        self._codes: Counter[str] = Counter()
+        self._messages: dict[str, str] = {}
+
+    def refused(self, error: RowError) -> None:
+        """The next row of the input could not become a request."""
+        self._num_read += 1
+        self._num_refused += 1
+        self._refused_in_a_row += 1
+        self._most_in_a_row = max(self._most_in_a_row, self._refused_in_a_row)
+        self._note(error)
+
+    def accepted(self) -> None:
+        """The next row of the input is for the engine."""
+        self._num_read += 1
+        self._refused_in_a_row = 0
+
+    def returned(self, result: Result) -> None:
+        """A row came back from the engine."""
+        self._num_returned += 1
+        if isinstance(result, RowError):
+            self._num_failed += 1
+            self._failed_in_a_row += 1
+            self._most_in_a_row = max(self._most_in_a_row, self._failed_in_a_row)
+            self._note(result)
+        else:
+            self._failed_in_a_row = 0
+
+    def check(self) -> None:
+        """Raise TooManyErrors if it is enough."""
+        if self._consecutive is not None and self._most_in_a_row >= self._consecutive:
+            raise TooManyErrors(
+                f"max_consecutive_errors: {self._most_in_a_row:,} rows one after the other ended in an error; expected "
+                f"fewer than {self._consecutive:,}{self._advice()}"
+            )
+        for number, total in (
+            (self._num_failed, self._num_returned),
+            (self._num_refused + self._num_failed, self._num_read),
+        ):
+            if total >= MIN_ROWS_FOR_RATE and number > self._rate * total:
+                raise TooManyErrors(
+                    f"max_error_rate: {number:,} of {total:,} rows ended in an error; expected at most "
+                    f"{self._rate:.0%}{self._advice()}"
+                )
+
+    def _note(self, error: RowError) -> None:
+        self._codes[error.code] += 1
+        self._messages.setdefault(error.code, error.message)
+
+    def _advice(self) -> str:
+        code, count = self._codes.most_common(1)[0]
+        return (
+            f"; most of them, {count:,}, with {code}: {self._messages[code]}; finished rows are kept: correct the job, "
+            "or raise the limit and run it again"
+        )
