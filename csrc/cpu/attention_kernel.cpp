@@ -251,6 +251,20 @@ inline float weigh(float* scores, int64_t first_key, int64_t position, const Wor
   return factor;
 }
 
+// Asks for the keys and values of one tile while another is computed: blocks lie anywhere, so no hardware foresees them.
+void prefetch(const Work& work, int64_t first, int row_bytes) {
+  const int64_t end = first + kTile < work.end ? first + kTile : work.end;
+  for (int64_t t = first; t < end; ++t) {
+    const int64_t block = work.block_table[t / work.block_size], slot = t % work.block_size;
+    const char* k = work.k + block * work.k_block_stride + slot * work.k_slot_stride;
+    const char* v = work.v + block * work.v_block_stride + slot * work.v_slot_stride;
+    for (int i = 0; i < row_bytes; i += 64) {
+      __builtin_prefetch(k + i);
+      __builtin_prefetch(v + i);
+    }
+  }
+}
+
 template <Type type> void attend_typed(const Work& work, float* scratch) {
   const int D = work.head_dim, padded = (D + 15) / 16 * 16, rows = work.num_rows;
   float* q = scratch;
@@ -271,6 +285,7 @@ template <Type type> void attend_typed(const Work& work, float* scratch) {
   }
   for (int64_t first = work.begin; first < work.end; first += kTile) {
     const int count = static_cast<int>(work.end - first < kTile ? work.end - first : kTile);
+    prefetch(work, first + kTile, D * kBytes<type>);
     const char* key_rows[kTile];
     for (int t = 0; t < kTile; ++t) {
       if (t >= count) {
