@@ -1,0 +1,298 @@
+"""The job loop, with an engine that answers at once: what is in the output, and what is done again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from engines.api import EngineConfig, EngineSettings, ErrorInfo, Outcome, Request, SamplingParams
+from runner import job as job_module
+from runner.config import ShardConfig
+from runner.errors import ConfigError, EngineError, InternalError, Interrupted, OutputError, TooManyErrors
+from runner.job import run
+from runner.tasks import generate
+from runner.verify import verify
+from tests.fake_engine import FakeEngine, output_ids
+from tests.small_job import make_plan, read_output, write_rows
+
+TEXTS = [f"row {i} of many" for i in range(650)]
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return write_rows(tmp_path / "rows", TEXTS[:350], TEXTS[350:])
+
+
+def expected(texts: list[str], sampling: SamplingParams = SamplingParams(max_tokens=8)) -> list[str]:
+    """What the fake engine's outputs decode to."""
+    spell = lambda ids: "".join(chr(33 + i) for i in ids)  # noqa: E731
+    # The tokenizer's ids are those of the bytes, shifted: a printable ASCII character is its code - 33, a blank 220.
+    encode = lambda text: [220 if char == " " else ord(char) - 33 for char in text]  # noqa: E731
+    return [spell(output_ids(Request(0, "generate", encode(text), sampling))) for text in texts]
+
+
+def fails_on(word: str) -> Any:
+    """For FakeEngine: requests whose prompt begins with this character fail."""
+    return lambda request: ErrorInfo("broken", "it broke") if request.token_ids[0] == ord(word) - 33 else None
+
+
+def all_rows_once(folder: str, ids: list[int] | None = None) -> pa.Table:
+    table = read_output(folder)
+    assert table.column("id").to_pylist() == (list(range(len(TEXTS))) if ids is None else ids)
+    return table
+
+
+def test_rows_come_out_in_order_with_their_texts(tmp_path: Path, rows: Path) -> None:
+    summary = run(make_plan(tmp_path), FakeEngine(per_step=37))
+    table = all_rows_once(summary.folder)
+    assert table.column_names == [
+        *("_file", "_row", "id", "text_input", "text", "finish_reason", "num_prompt_tokens", "num_output_tokens"),
+        *("input_truncated", "error_code", "error_message"),
+    ]
+    assert table.column("text_input").to_pylist() == TEXTS
+    assert table.column("text").to_pylist() == expected(TEXTS)
+    assert table.column("_row").to_pylist() == [*range(350), *range(300)]
+    assert set(table.column("_file").to_pylist()) == {str(rows / "0.parquet"), str(rows / "1.parquet")}
+    assert table.column("error_code").null_count == len(TEXTS)
+    assert (summary.finished, summary.num_rows, summary.num_errors) == (True, 650, 0)
+    assert summary.counts.num_prompt_tokens == sum(len(text) for text in TEXTS)
+    out = tmp_path / "out" / "job"
+    assert "'text' is in the output as 'text_input'" in (out / "run.log").read_text()
+    assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["num_rows"] == 650
+    assert json.loads((out / "plan.json").read_text())["output_folder"] == str(out)
+    assert "chunk_rows: 100" in (out / "config.yaml").read_text()
+    assert verify(str(out), None).exit_code == 0
+
+
+@pytest.mark.parametrize("keep, columns", [([], []), (["id"], ["id"]), (["text"], ["id", "text_input"])])
+def test_columns_that_are_kept(tmp_path: Path, rows: Path, keep: list[str], columns: list[str]) -> None:
+    dataset = {"id_column": "id"} if keep == ["text"] else {}
+    summary = run(make_plan(tmp_path, dataset=dataset, output={"keep_columns": keep}), FakeEngine())
+    names = read_output(summary.folder).column_names
+    assert names[2 : names.index("text")] == columns
+
+
+def test_a_bad_row_is_an_error_of_its_row(tmp_path: Path) -> None:
+    texts = ["good", None, "x" * 100, "!fails", "good"]
+    write_rows(tmp_path / "rows", texts)
+    summary = run(make_plan(tmp_path), FakeEngine(fail=fails_on("!")))
+    table = read_output(summary.folder)
+    assert table.column("error_code").to_pylist() == [None, "null_input", "too_long", "broken", None]
+    assert table.column("error_message").to_pylist()[3] == "it broke"
+    assert [text is None for text in table.column("text").to_pylist()] == [False, True, True, True, False]
+    assert summary.counts.errors == {"null_input": 1, "too_long": 1, "broken": 1}
+    assert (summary.finished, summary.num_rows, summary.num_errors) == (True, 5, 3)
+
+
+def test_an_empty_input_gives_a_schema(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows", [])
+    engine = FakeEngine()
+    summary = run(make_plan(tmp_path), engine)
+    table = read_output(summary.folder)
+    assert summary.finished and table.num_rows == 0 and "text" in table.column_names and engine.num_requests == 0
+
+
+def test_samples_are_lists_in_order(tmp_path: Path, rows: Path) -> None:
+    sampling = SamplingParams(max_tokens=8, temperature=1.0)
+    summary = run(make_plan(tmp_path, samples=3, sampling=sampling), FakeEngine(per_step=31))
+    texts = all_rows_once(summary.folder).column("text").to_pylist()
+    assert all(len(samples) == 3 for samples in texts)
+    again = run(make_plan(tmp_path, samples=3, sampling=sampling, name="again", window_rows=10), FakeEngine())
+    assert read_output(again.folder).column("text").to_pylist() == texts
+
+
+@pytest.mark.parametrize("window, chunk_rows", [(1, 100), (3, 7), (10_000, 10_000)])
+def test_neither_window_nor_chunks_change_a_row(tmp_path: Path, rows: Path, window: int, chunk_rows: int) -> None:
+    plan = make_plan(tmp_path, window_rows=window, dataset={"chunk_rows": chunk_rows, "limit": 200})
+    table = all_rows_once(run(plan, FakeEngine(per_step=5)).folder, list(range(200)))
+    assert table.column("text").to_pylist() == expected(TEXTS[:200])
+
+
+def test_filter_and_limit(tmp_path: Path, rows: Path) -> None:
+    plan = make_plan(tmp_path, dataset={"filter": "id >= 340", "limit": 20})
+    all_rows_once(run(plan, FakeEngine()).folder, list(range(340, 360)))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (
+            {"task": generate.Config("generate", prompt="{{ txt }}")},
+            r"task generate: column 'txt' .* did you mean 'text'",
+        ),
+        ({"output": {"keep_columns": ["idd"]}}, "output.keep_columns: column 'idd'"),
+        ({"dataset": {"id_column": "nope"}}, "dataset.id_column: column 'nope'"),
+        ({"sampling_columns": {"temperature": "heat"}}, "column 'heat'"),
+    ],
+)
+def test_a_missing_column_is_said_before_anything_is_made(
+    tmp_path: Path, rows: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        run(make_plan(tmp_path, **changes), FakeEngine())
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_folder_of_another_job_is_refused_or_left_alone(tmp_path: Path, rows: Path) -> None:
+    first = run(make_plan(tmp_path), FakeEngine())
+    other = generate.Config("generate", prompt="Say {{ text }}")
+    with pytest.raises(OutputError, match="holds another job; expected the same task"):
+        run(make_plan(tmp_path, task=other), FakeEngine())
+    second = run(make_plan(tmp_path, task=other, on_change="new"), FakeEngine())
+    assert second.folder == f"{first.folder}-2" and (tmp_path / "out" / "job-2" / "plan.json").exists()
+
+
+def test_a_finished_job_does_nothing(tmp_path: Path, rows: Path, capsys: Any, monkeypatch: Any) -> None:
+    run(make_plan(tmp_path), FakeEngine())
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.parquet")}
+    monkeypatch.setattr(job_module.EngineLoader, "__call__", lambda self: pytest.fail("an engine was asked for"))
+    summary = run(make_plan(tmp_path))
+    assert summary.finished and summary.counts.num_rows == 0 and summary.num_rows == 650
+    assert "finished already" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.parquet")} == before
+
+
+def test_retry_does_the_failed_rows_again_and_no_others(tmp_path: Path) -> None:
+    texts = [f"!{i}" if i % 50 == 0 else f"row {i}" for i in range(350)]
+    texts[200:300] = ["fine"] * 100
+    write_rows(tmp_path / "rows", texts)
+    first = run(make_plan(tmp_path), FakeEngine(fail=fails_on("!")))
+    assert first.num_errors == 5
+    good = read_output(first.folder)
+    engine = FakeEngine()
+    second = run(make_plan(tmp_path, retry_errors=True), engine)
+    assert (engine.num_requests, second.num_errors, second.finished) == (5, 0, True)
+    table = all_rows_once(second.folder, list(range(350)))
+    assert table.column("text").to_pylist() == expected(texts)
+    kept = [i for i in range(350) if good.column("error_code")[i].as_py() is None]
+    assert table.take(kept).equals(good.take(kept))
+    assert verify(second.folder, None).exit_code == 0
+    again = FakeEngine()
+    run(make_plan(tmp_path, retry_errors=True), again)
+    assert again.num_requests == 0
+
+
+def test_an_interrupted_retry_goes_on(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows", [f"!{i}" if i % 2 else "fine" for i in range(60)])
+    plan = make_plan(tmp_path, max_error_rate=1.0, window_rows=8)
+    assert run(plan, FakeEngine(fail=fails_on("!"))).num_errors == 30
+    retry = replace(plan, job=replace(plan.job, retry_errors=True))
+    with pytest.raises(EngineError):
+        run(retry, FakeEngine(per_step=2, crash_at=6))
+    engine = FakeEngine()
+    summary = run(retry, engine)
+    assert engine.num_requests == 30 - 12 and summary.num_errors == 0
+    all_rows_once(summary.folder, list(range(60)))
+
+
+def test_shards_make_one_output(tmp_path: Path, rows: Path) -> None:
+    whole = run(make_plan(tmp_path, name="whole"), FakeEngine())
+    finished = []
+    for index in (2, 0, 1):
+        summary = run(make_plan(tmp_path, shard=ShardConfig(index, 3)), FakeEngine(per_step=50))
+        finished.append(summary.finished)
+    assert finished == [False, False, True]
+    assert read_output(summary.folder).equals(read_output(whole.folder))
+    again = FakeEngine()
+    assert run(make_plan(tmp_path, shard=ShardConfig(1, 3)), again).finished and again.num_requests == 0
+
+
+def test_too_many_errors_stop_the_job(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows", [f"!{i}" if i % 3 else "fine" for i in range(2000)])
+    engine = FakeEngine(per_step=10, fail=fails_on("!"))
+    with pytest.raises(TooManyErrors, match=r"max_error_rate: .* with broken: it broke; .* raise the limit"):
+        run(make_plan(tmp_path), engine)
+    assert engine.num_requests < 500
+    resumed = FakeEngine(fail=fails_on("!"))
+    summary = run(make_plan(tmp_path, max_error_rate=0.7), resumed)
+    assert summary.num_rows == 2000 and resumed.num_requests < 2000
+    all_rows_once(summary.folder, list(range(2000)))
+
+
+def test_errors_in_a_row_stop_the_job(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows", [None if 300 <= i < 350 else "fine" for i in range(1000)])
+    with pytest.raises(TooManyErrors, match="max_consecutive_errors: 50 rows one after the other"):
+        run(make_plan(tmp_path, max_consecutive_errors=50), FakeEngine())
+    assert run(make_plan(tmp_path, max_consecutive_errors=51), FakeEngine()).num_errors == 50
+
+
+def test_refused_rows_ahead_of_the_engine_are_no_reason_to_stop(tmp_path: Path) -> None:
+    """A third of the rows becomes no request: they are counted before any other row comes back."""
+    write_rows(tmp_path / "rows", [None if i % 3 == 0 else "fine" for i in range(900)])
+    plan = make_plan(tmp_path, window_rows=600, max_consecutive_errors=20)
+    assert run(plan, FakeEngine(per_step=1)).num_errors == 300
+
+
+def test_an_engine_that_breaks_loses_no_finished_row(tmp_path: Path, rows: Path) -> None:
+    plan = make_plan(tmp_path, output={"journal_interval_s": 1000.0})
+    with pytest.raises(EngineError, match="RuntimeError: the device is gone; .* run the same command again"):
+        run(plan, FakeEngine(per_step=10, crash_at=7))
+    engine = FakeEngine()
+    summary = run(plan, engine)
+    assert engine.num_requests == 650 - 70 and not engine.closed
+    assert all_rows_once(summary.folder).column("text").to_pylist() == expected(TEXTS)
+
+
+class Forgetful(FakeEngine):
+    """Loses a request."""
+
+    def step(self) -> list[Outcome]:
+        return super().step()[1:]
+
+
+class Chatty(FakeEngine):
+    """Answers twice."""
+
+    def step(self) -> list[Outcome]:
+        return super().step() * 2
+
+
+def test_an_engine_that_does_not_keep_its_word_is_found_out(tmp_path: Path, rows: Path) -> None:
+    with pytest.raises(EngineError, match="have no outcome"):
+        run(make_plan(tmp_path), Forgetful())
+    with pytest.raises(InternalError, match="nobody waits for"):
+        run(make_plan(tmp_path, name="other"), Chatty())
+
+
+def test_the_engine_is_loaded_when_it_is_needed_and_closed(tmp_path: Path, rows: Path, monkeypatch: Any) -> None:
+    made: list[FakeEngine] = []
+
+    def load(settings: EngineSettings, detokenize: Any) -> FakeEngine:
+        assert settings.config == EngineConfig(max_model_len=64) and detokenize([0, 1]) == '!"'
+        made.append(FakeEngine())
+        return made[-1]
+
+    monkeypatch.setattr("engines.load.load_engine", load)
+    run(make_plan(tmp_path))
+    assert len(made) == 1 and made[0].closed
+
+
+def test_an_engine_that_cannot_be_loaded_is_said_in_one_message(tmp_path: Path, rows: Path, monkeypatch: Any) -> None:
+    def load(settings: EngineSettings, detokenize: Any) -> FakeEngine:
+        raise MemoryError("no room")
+
+    monkeypatch.setattr("engines.load.load_engine", load)
+    with pytest.raises(EngineError, match="engine cpu: cannot load .*: no room"):
+        run(make_plan(tmp_path))
+
+
+def test_the_time_that_a_job_may_take(tmp_path: Path, rows: Path) -> None:
+    plan = make_plan(tmp_path, max_runtime_s=0.5)
+    with pytest.raises(Interrupted, match=r"max_runtime_s: 0.5 s are over") as caught:
+        run(plan, FakeEngine(per_step=5, step_s=0.02))
+    assert not caught.value.by_signal
+    engine = FakeEngine()
+    run(make_plan(tmp_path), engine)
+    assert 0 < engine.num_requests < 650
+
+
+def test_a_result_file_in_the_format_of_openai_batches(tmp_path: Path, rows: Path) -> None:
+    summary = run(make_plan(tmp_path, output={"format": "openai_batch"}), FakeEngine())
+    lines = (Path(summary.folder) / "batch_output.jsonl").read_text().splitlines()
+    bodies = [json.loads(line)["response"]["body"] for line in lines]
+    assert [body["choices"][0]["message"]["content"] for body in bodies] == expected(TEXTS)
