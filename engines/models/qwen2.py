@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engines.models.spec import CheckpointLayout, DecoderSpec, decoder_spec, windows
+from engines.models.spec import CheckpointLayout, DecoderSpec, decoder_spec, upper_windows
 
 ARCHITECTURES = ("Qwen2ForCausalLM", "Qwen2ForSequenceClassification", "Qwen2Model")
 CHECKPOINT = CheckpointLayout()
@@ -13,14 +13,6 @@ DEFAULTS = {"max_position_embeddings": 32768, "max_window_layers": 28, "sliding_
 
 def spec(config: dict[str, Any]) -> DecoderSpec:
     return decoder_spec({**DEFAULTS, **config}, qkv_bias=True, windows=upper_windows({**DEFAULTS, **config}))
-
-
-def upper_windows(config: dict[str, Any]) -> tuple[int, ...]:
-    """Windows from layer max_window_layers on, where the config asks for any."""
-    if not config.get("use_sliding_window"):
-        return ()
-    first = config["max_window_layers"]
-    return windows(config, tuple(i >= first for i in range(config["num_hidden_layers"])))
 
 
 def tiny_config() -> dict[str, Any]:

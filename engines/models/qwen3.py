@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from engines.models.qwen2 import upper_windows
-from engines.models.spec import CheckpointLayout, DecoderSpec, decoder_spec
+from engines.models.spec import CheckpointLayout, DecoderSpec, decoder_spec, upper_windows
 
 ARCHITECTURES = ("Qwen3ForCausalLM", "Qwen3ForSequenceClassification", "Qwen3Model")
 CHECKPOINT = CheckpointLayout()

@@ -281,6 +281,14 @@ def windows(config: Mapping[str, Any], sliding: tuple[bool, ...]) -> tuple[int, 
     return tuple(window if here else 0 for here in sliding) if window and any(sliding) else ()
 
 
+def upper_windows(config: dict[str, Any]) -> tuple[int, ...]:
+    """Windows from layer max_window_layers on, where the config asks for any."""
+    if not config.get("use_sliding_window"):
+        return ()
+    first = config["max_window_layers"]
+    return windows(config, tuple(i >= first for i in range(config["num_hidden_layers"])))
+
+
 def rope_spec(
     config: Mapping[str, Any], head_dim: int, layer_type: str | None = None, theta: float = 10000.0
 ) -> RopeSpec:
