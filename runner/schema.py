@@ -263,7 +263,7 @@ def _docs(cls: Any) -> dict[str, str]:
     """The string under each field, by field name."""
     found: dict[str, str] = {}
     for base in reversed(cls.__mro__):
-        if not dataclasses.is_dataclass(base):
+        if not isinstance(base, type) or not dataclasses.is_dataclass(base):
             continue
         body = ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]
         assert isinstance(body, ast.ClassDef)
