@@ -29,6 +29,8 @@ X86_FLAGS = {
     "avx2": ("-mavx2", "-mfma"),
     "baseline": (),
 }
+X86_SOURCES = {"attention_amx": ("amx", (*X86_FLAGS["avx512"], "-mamx-tile", "-mamx-bf16"))}
+"""Sources for one instruction set only: its name and its flags."""
 TARGET_VERSION = "0x020b000000000000"
 FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter")
 
@@ -89,12 +91,9 @@ class BuildExt(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         jobs: dict[Path, list[str]] = {}
         for source in SOURCES:
-            name = temporary / Path(source).stem
-            if not source.endswith(KERNEL_SUFFIX):
-                jobs[name.with_suffix(".o")] = [*command, *flags, "-c", source]
-                continue
-            for isa, extra in (X86_FLAGS if x86 else {"baseline": ()}).items():
-                jobs[name.with_suffix(f".{isa}.o")] = [*command, *flags, *extra, f"-DISA={isa}", "-c", source]
+            stem = Path(source).stem
+            for isa, extra in variants(source, x86):
+                jobs[temporary / f"{stem}.{isa}.o"] = [*command, *flags, *extra, f"-DISA={isa}", "-c", source]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             failures = pool.map(run, [[*job, "-o", str(made)] for made, job in jobs.items()])
             why = next((failure for failure in failures if failure), None)
@@ -106,6 +105,15 @@ class BuildExt(build_ext):
         if why is None:
             partial.replace(target)
         return why
+
+
+def variants(source: str, x86: bool) -> list[tuple[str, tuple[str, ...]]]:
+    """The instruction sets that a source is compiled for, each with its compiler flags."""
+    if Path(source).stem in X86_SOURCES:
+        return [X86_SOURCES[Path(source).stem]] if x86 else []
+    if source.endswith(KERNEL_SUFFIX) and x86:
+        return list(X86_FLAGS.items())
+    return [("baseline", ())]
 
 
 def run(command: list[str]) -> str | None:

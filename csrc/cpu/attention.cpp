@@ -23,9 +23,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Kernel kernel() {
+Kernel kernel(Type type) {
 #if defined(CPU_OPS_X86)
-  if (isa() == Isa::avx512) return avx512::attend;
+  if (isa() == Isa::amx && type == Type::bf16) return amx::attend;
+  if (isa() >= Isa::avx512) return avx512::attend;
   if (isa() == Isa::avx2) return avx2::attend;
 #endif
   return baseline::attend;
@@ -116,7 +117,7 @@ void run(const Call& call, const Item& item, Work& work, float* scratch, Kernel 
 void run_all(const Call& call, std::vector<Item>& items) {
   if (items.empty()) return;
   std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
-  const Kernel attend = kernel();
+  const Kernel attend = kernel(call.type);
   std::atomic<size_t> next{0};
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), static_cast<int64_t>(items.size()));
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {

@@ -41,12 +41,13 @@ struct Work {
 
 // Floats of scratch that a thread needs, aligned to 64 bytes.
 inline constexpr int64_t scratch_floats(int64_t head_dim) {
-  const int64_t padded = (head_dim + 15) / 16 * 16;
-  return (2 * kRows + kTile) * padded + kTile * (padded + 16) + kRows * kTile + 4 * kRows;
+  const int64_t padded = (head_dim + 31) / 32 * 32;
+  return (2 * kRows + kTile) * padded + kTile * (padded + 16) + 2 * kRows * kTile + 4 * kRows;
 }
 
 using Kernel = void (*)(const Work&, float* scratch);
 
+namespace amx { void attend(const Work& work, float* scratch); }  // bfloat16 only
 namespace avx512 { void attend(const Work& work, float* scratch); }
 namespace avx2 { void attend(const Work& work, float* scratch); }
 namespace baseline { void attend(const Work& work, float* scratch); }

@@ -2,19 +2,36 @@
 
 #include <torch/headeronly/util/Exception.h>
 
+#if defined(CPU_OPS_X86)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include <cstdlib>
 #include <string>
 
 namespace cpu_ops {
 namespace {
 
-constexpr const char* kNames[] = {"baseline", "avx2", "avx512"};
+constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "amx"};
+
+#if defined(CPU_OPS_X86)
+// Linux gives a process the tiles' state on request: Documentation/arch/x86/xstate.rst.
+bool has_amx() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  return (d & kAmxBf16) && (d & kAmxTile) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#endif
 
 Isa best() {
 #if defined(CPU_OPS_X86)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
-    return Isa::avx512;
+    return has_amx() ? Isa::amx : Isa::avx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
 #endif
   return Isa::baseline;
@@ -25,7 +42,7 @@ Isa choose() {
   if (wanted == nullptr || *wanted == '\0') return best();
   for (int i = 0; i <= static_cast<int>(best()); ++i)
     if (std::string(wanted) == kNames[i]) return static_cast<Isa>(i);
-  STD_TORCH_CHECK(false, "CPU_OPS_ISA: ", wanted, "; expected baseline, avx2 or avx512, and at most ",
+  STD_TORCH_CHECK(false, "CPU_OPS_ISA: ", wanted, "; expected baseline, avx2, avx512 or amx, and at most ",
                   kNames[static_cast<int>(best())], " on this machine; unset it for the best one");
 }
 
@@ -35,7 +52,5 @@ Isa isa() {
   static const Isa chosen = choose();
   return chosen;
 }
-
-const char* isa_name() { return kNames[static_cast<int>(isa())]; }
 
 }  // namespace cpu_ops

@@ -207,7 +207,7 @@ assert len(runtimes) == 1, runtimes
 
 
 @needs_library
-@pytest.mark.parametrize("isa", ("avx2", "baseline", "avx512"))
+@pytest.mark.parametrize("isa", ("baseline", "avx2", "avx512", "amx"))
 def test_every_instruction_set_is_exact(isa: str) -> None:
     """Also: the library brings no second OpenMP runtime into the process."""
     done = in_process(isa, LEVELS)
