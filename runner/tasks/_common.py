@@ -103,22 +103,24 @@ def fit(ids: list[int], limit: int, on_too_long: str) -> tuple[Prompt, bool]:
     return (ids[-limit:] if on_too_long == "truncate_left" else ids[:limit]), True
 
 
-def good(result: Result) -> Sequence[Outcome] | None:
-    """The outcomes of a row that succeeded; None otherwise."""
-    if isinstance(result, RowError) or any(o.finish_reason == "error" for o in result):
-        return None
-    return result
+Row = Sequence[Outcome] | None
+"""The outcomes of a row that succeeded; None for one that did not."""
 
 
-def column(results: Sequence[Result], kind: pa.DataType, samples: int, value: Callable[[Outcome], Any]) -> pa.Array:
+def good(results: Sequence[Result]) -> list[Row]:
+    """Each row's outcomes if all of them are results."""
+    return [
+        None if isinstance(r, RowError) or (r[0] if len(r) == 1 else _worst(r)).finish_reason == "error" else r
+        for r in results
+    ]
+
+
+def _worst(outcomes: Sequence[Outcome]) -> Outcome:
+    return next((o for o in outcomes if o.finish_reason == "error"), outcomes[0])
+
+
+def column(rows: Sequence[Row], kind: pa.DataType, samples: int, value: Callable[[Outcome], Any]) -> pa.Array:
     """One value a row, or a list of `samples` values; null for rows without a result."""
-    values: list[Any] = []
-    for result in results:
-        outcomes = good(result)
-        if outcomes is None:
-            values.append(None)
-        elif samples > 1:
-            values.append([value(o) for o in outcomes])
-        else:
-            values.append(value(outcomes[0]))
-    return pa.array(values, pa.list_(kind) if samples > 1 else kind)
+    if samples > 1:
+        return pa.array([None if r is None else [value(o) for o in r] for r in rows], pa.list_(kind))
+    return pa.array([None if r is None else value(r[0]) for r in rows], kind)

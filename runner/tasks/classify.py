@@ -12,7 +12,7 @@ from engines.api import Kind, Outcome
 from engines.checkpoint import Checkpoint
 from runner.config import JobConfig, TaskConfig
 from runner.prompt import Tokenizer
-from runner.tasks._common import Result, column
+from runner.tasks._common import Result, column, good
 from runner.tasks.embed import COUNTS, TextTask
 
 KIND: Kind = "classify"
@@ -44,12 +44,13 @@ class Classify(TextTask):
             values = list(outcome.values or ())
             return values.index(max(values))
 
+        rows = good(results)
         columns = [
-            column(results, pa.string(), 1, lambda o: self._labels[best(o)]),
-            column(results, pa.float32(), 1, lambda o: self._shares(o)[best(o)]),
-            column(results, self._probabilities, 1, lambda o: dict(zip(self._labels, self._shares(o), strict=True))),
+            column(rows, pa.string(), 1, lambda o: self._labels[best(o)]),
+            column(rows, pa.float32(), 1, lambda o: self._shares(o)[best(o)]),
+            column(rows, self._probabilities, 1, lambda o: dict(zip(self._labels, self._shares(o), strict=True))),
         ]
-        return pa.RecordBatch.from_arrays([*columns, *self.counts(results)], schema=self.schema)
+        return pa.RecordBatch.from_arrays([*columns, *self.counts(rows)], schema=self.schema)
 
     def _shares(self, outcome: Outcome) -> list[float]:
         values = list(outcome.values or ())

@@ -13,7 +13,7 @@ from runner.config import JobConfig, TaskConfig
 from runner.errors import RowError
 from runner.prompt import Template, Tokenizer
 from runner.tasks import RowRequests
-from runner.tasks._common import Prompt, Requests, Result, column, good, unreadable
+from runner.tasks._common import Prompt, Requests, Result, Row, column, good, unreadable
 from runner.tasks.generate import encoded
 
 KIND: Kind = "embed"
@@ -58,15 +58,11 @@ class TextTask:
         last = end[-1:] if len(end) > 1 and prompt[-1] == end[-1] else []
         return prompt[: self._limit - len(last)] + last
 
-    def counts(self, results: Sequence[Result]) -> list[pa.Array]:
+    def counts(self, rows: Sequence[Row]) -> list[pa.Array]:
         """num_prompt_tokens and input_truncated."""
-        flags = []
-        for result in results:
-            outcomes = good(result)
-            flags.append(None if outcomes is None else outcomes[0].request_id in self._truncated)
-            if outcomes is not None:
-                self._truncated.discard(outcomes[0].request_id)
-        return [column(results, pa.int32(), 1, lambda o: o.num_prompt_tokens), pa.array(flags, pa.bool_())]
+        flags = [None if row is None else row[0].request_id in self._truncated for row in rows]
+        self._truncated.difference_update(row[0].request_id for row in rows if row is not None)
+        return [column(rows, pa.int32(), 1, lambda o: o.num_prompt_tokens), pa.array(flags, pa.bool_())]
 
 
 COUNTS = [("num_prompt_tokens", pa.int32()), ("input_truncated", pa.bool_())]
@@ -79,8 +75,9 @@ class Embed(TextTask):
         self.schema = pa.schema([("embedding", self._vector), *COUNTS])
 
     def outputs(self, results: Sequence[Result]) -> pa.RecordBatch:
-        vectors = column(results, self._vector, 1, lambda o: o.values)
-        return pa.RecordBatch.from_arrays([vectors, *self.counts(results)], schema=self.schema)
+        rows = good(results)
+        vectors = column(rows, self._vector, 1, lambda o: o.values)
+        return pa.RecordBatch.from_arrays([vectors, *self.counts(rows)], schema=self.schema)
 
 
 def build(job: JobConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, max_model_len: int) -> Embed:

@@ -13,7 +13,7 @@ from runner.config import JobConfig, TaskConfig
 from runner.errors import RowError
 from runner.prompt import Template, Tokenizer
 from runner.tasks import RowRequests
-from runner.tasks._common import Prompt, Requests, Result, column, fit, good, unreadable
+from runner.tasks._common import Prompt, Requests, Result, Row, column, fit, good, unreadable
 
 KIND: Kind = "generate"
 
@@ -87,24 +87,25 @@ class Generate:
         return self._requests.make(batch, file, first_id, prompts)
 
     def outputs(self, results: Sequence[Result]) -> pa.RecordBatch:
-        texts = self._texts(results)
+        rows = good(results)
+        texts = self._texts(rows)
         samples = self._samples
-        columns = [column(results, pa.string(), samples, lambda o: texts[o.request_id])]
+        columns = [column(rows, pa.string(), samples, lambda o: texts[o.request_id])]
         if self._token_ids:
-            columns.append(column(results, pa.list_(pa.int32()), samples, lambda o: o.token_ids))
+            columns.append(column(rows, pa.list_(pa.int32()), samples, lambda o: o.token_ids))
         columns += [
-            column(results, pa.string(), samples, lambda o: o.finish_reason),
-            column(results, pa.int32(), 1, lambda o: o.num_prompt_tokens),
-            column(results, pa.int32(), samples, lambda o: len(o.token_ids)),
-            column(results, pa.bool_(), 1, lambda o: self._truncated.pop(o.request_id, False)),
+            column(rows, pa.string(), samples, lambda o: o.finish_reason),
+            column(rows, pa.int32(), 1, lambda o: o.num_prompt_tokens),
+            column(rows, pa.int32(), samples, lambda o: len(o.token_ids)),
+            column(rows, pa.bool_(), 1, lambda o: self._truncated.pop(o.request_id, False)),
         ]
         if self._logprobs:
-            columns.append(column(results, LOGPROBS, samples, _logprobs))
+            columns.append(column(rows, LOGPROBS, samples, _logprobs))
         return pa.RecordBatch.from_arrays(columns, schema=self.schema)
 
-    def _texts(self, results: Sequence[Result]) -> dict[int, str]:
+    def _texts(self, rows: Sequence[Row]) -> dict[int, str]:
         """By request id: decoded, and cut before the stop string."""
-        outcomes = [o for result in results for o in good(result) or ()]
+        outcomes = [o for row in rows for o in row or ()]
         texts = self._tokenizer.decode_batch([o.token_ids for o in outcomes])
         return {o.request_id: self._before_stop(text, o) for o, text in zip(outcomes, texts, strict=True)}
 

@@ -14,7 +14,7 @@ from runner.config import JobConfig, TaskConfig
 from runner.errors import RowError
 from runner.prompt import Template, Tokenizer
 from runner.tasks import RowRequests
-from runner.tasks._common import Prompt, Requests, Result, column, unreadable
+from runner.tasks._common import Prompt, Requests, Result, column, good, unreadable
 from runner.tasks.generate import encoded
 
 KIND: Kind = "score"
@@ -87,13 +87,14 @@ class Score:
         def count(o: Outcome) -> int:
             return len(o.values or ())
 
+        rows = good(results)
         columns = [
-            column(results, pa.list_(pa.float32()), 1, lambda o: o.values),
-            column(results, pa.float64(), 1, total),
-            column(results, pa.float64(), 1, lambda o: total(o) / count(o)),
-            column(results, pa.float64(), 1, lambda o: math.exp(min(-total(o) / count(o), 700.0))),
-            column(results, pa.int32(), 1, count),
-            column(results, pa.int32(), 1, lambda o: o.num_prompt_tokens),
+            column(rows, pa.list_(pa.float32()), 1, lambda o: o.values),
+            column(rows, pa.float64(), 1, total),
+            column(rows, pa.float64(), 1, lambda o: total(o) / count(o)),
+            column(rows, pa.float64(), 1, lambda o: math.exp(min(-total(o) / count(o), 700.0))),
+            column(rows, pa.int32(), 1, count),
+            column(rows, pa.int32(), 1, lambda o: o.num_prompt_tokens),
         ]
         return pa.RecordBatch.from_arrays(columns, schema=self.schema)
 

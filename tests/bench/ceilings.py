@@ -37,6 +37,5 @@ def run(args: argparse.Namespace) -> None:
         x = torch.randn(rows, K).bfloat16()
         turn = iter(range(1 << 60))
         rate = per_second(lambda x=x, turn=turn: ops.linear(x, weights[next(turn) % COPIES]))
-        print(
-            f"bfloat16 linear, {rows:4d} rows: {2 * rows * K * N * rate / 1e9:7.0f} GFLOP/s {2 * K * N * rate / 1e9:6.1f} GB/s"
-        )
+        gflops, gb_s = 2 * rows * K * N * rate / 1e9, 2 * K * N * rate / 1e9
+        print(f"bfloat16 linear, {rows:4d} rows: {gflops:7.0f} GFLOP/s {gb_s:6.1f} GB/s")

@@ -1,0 +1,139 @@
+"""Rows per second through source, template, journal and sink, with an engine that answers at once.
+
+The tokenizer is replaced by one that splits nothing, so that what is measured is the runner itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from engines.api import EngineStats, Outcome, Request
+
+
+class InstantEngine:
+    """Answers every request with its own prompt at the next step."""
+
+    max_model_len = 256
+
+    def __init__(self) -> None:
+        self._waiting: list[Request] = []
+        self._done = 0
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        self._waiting += requests
+
+    def step(self) -> list[Outcome]:
+        requests, self._waiting = self._waiting, []
+        self._done += len(requests)
+        return [Outcome(r.request_id, "stop", token_ids=[1, 2], num_prompt_tokens=1) for r in requests]
+
+    @property
+    def num_unfinished(self) -> int:
+        return len(self._waiting)
+
+    def stats(self) -> EngineStats:
+        return EngineStats(len(self._waiting), 0, 0, 0, 0, 0, self._done, 0, 2 * self._done)
+
+    def close(self) -> None:
+        self._waiting.clear()
+
+
+class NoTokenizer:
+    """A token for each text, and a fixed text for tokens."""
+
+    def encode(self, texts: list[str], add_special: bool = True) -> list[list[int]]:
+        return [[1]] * len(texts)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "answer"
+
+    def decode_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        return ["answer"] * len(ids)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("rows", type=int, nargs="?", default=200_000)
+
+
+def run(args: argparse.Namespace) -> None:
+    from hydra import compose, initialize_config_module
+
+    from runner import config, job
+    from runner.plan import make_plan
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_input(Path(folder) / "input.parquet", args.rows)
+        overrides = [
+            "name=bench",
+            "dataset=parquet",
+            f"dataset.path={folder}/input.parquet",
+            f"output.folder={folder}/out",
+            "task=generate",
+            "task.prompt='Say what this is: {{ text }}'",
+        ]
+        with initialize_config_module("conf", version_base="1.3"):
+            plan = make_plan(config.load(compose("config", overrides=overrides)))
+        memory: dict[int, int] = {}
+        with mock.patch.object(job, "load_tokenizer", lambda path: NoTokenizer()), Watching(memory):
+            start = time.perf_counter()
+            job.run(plan, InstantEngine())
+            wall_s = time.perf_counter() - start
+    grown = (max(memory.values()) - memory.get(100_000, min(memory.values()))) if memory else 0
+    print(
+        json.dumps(
+            {
+                "rows": args.rows,
+                "rows_s": round(args.rows / wall_s),
+                "wall_s": round(wall_s, 2),
+                "grown_since_row_100000_mib": grown >> 20,
+                "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+            }
+        )
+    )
+
+
+class Watching:
+    """Notes the resident memory at row 100,000 and at each million rows, by what the engine has answered."""
+
+    def __init__(self, memory: dict[int, int]) -> None:
+        self._memory = memory
+        self._step = InstantEngine.step
+
+    def __enter__(self) -> None:
+        memory, step = self._memory, self._step
+
+        def noting(engine: InstantEngine) -> list[Outcome]:
+            outcomes = step(engine)
+            for mark in (100_000, *range(1_000_000, engine._done + 1, 1_000_000)):
+                if engine._done >= mark and mark not in memory:
+                    memory[mark] = resident_bytes()
+            return outcomes
+
+        InstantEngine.step = noting  # type: ignore[method-assign]
+
+    def __exit__(self, *_: object) -> None:
+        InstantEngine.step = self._step  # type: ignore[method-assign]
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def write_input(path: Path, rows: int) -> None:
+    schema = pa.schema([("id", pa.int64()), ("text", pa.string())])
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, rows, 100_000):
+            ids = pa.array(range(start, min(start + 100_000, rows)), pa.int64())
+            texts = pa.array([f"a text of some length, number {i.as_py()}" for i in ids])
+            writer.write_table(pa.table([ids, texts], schema=schema))
