@@ -30,7 +30,7 @@ from runner.errors import EngineError, InputError, InternalError, Interrupted, R
 from runner.inspect import UNKNOWN_LENGTH, check_columns
 from runner.journal import Journal
 from runner.ledger import Ledger
-from runner.openai_batch import write_batch_files
+from runner.openai_batch import OUTPUT_FILE, write_batch_files
 from runner.progress import Counts, Progress, Summary
 from runner.prompt import load_tokenizer
 from runner.sink import Sink
@@ -78,6 +78,8 @@ def run(plan: Plan, engine: Engine | None = None) -> Summary:
     shard = f"shard {job.shard.index}" if job.shard.count > 1 else ""
     with contextlib.closing(Progress(ledger.folder, shard)) as progress, Stop(job, began) as stop:
         if ledger.finished and not job.retry_errors:
+            if ledger.storage.size(OUTPUT_FILE) is None:
+                write_batch(job, ledger)
             progress.say(f"{job.name}: finished already, nothing to do: {ledger.folder}")
             return summarize(ledger, True, Counts(), began)
         save_plan(plan, ledger)
@@ -90,10 +92,11 @@ def run(plan: Plan, engine: Engine | None = None) -> Summary:
             runner = JobRunner(job, source, layout, ledger, sink, journal, progress, stop)
             with contextlib.closing(load):
                 runner.run(load)
-        finished = ledger.finish(runner.num_chunks, summarize(ledger, True, runner.counts, began).to_dict())
-        if finished and job.output.format == "openai_batch":
-            write_batch_files(ledger, job.model.path)
+        finished = set(range(runner.num_chunks)) <= ledger.done().keys()
         summary = summarize(ledger, finished, runner.counts, began)
+        if finished:
+            write_batch(job, ledger)
+            ledger.finish(runner.num_chunks, summary.to_dict())
         progress.say(summary.text())
         return summary
 
@@ -109,6 +112,12 @@ def summarize(ledger: Ledger, finished: bool, counts: Counts, began: float) -> S
         time_s=time.monotonic() - began,
         counts=counts,
     )
+
+
+def write_batch(job: JobConfig, ledger: Ledger) -> None:
+    """Make the result file in the format of OpenAI batches, where the job asks for one."""
+    if job.output.format == "openai_batch":
+        write_batch_files(ledger, job.model.path)
 
 
 def save_plan(plan: Plan, ledger: Ledger) -> None:

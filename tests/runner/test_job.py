@@ -28,8 +28,9 @@ def rows(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "rows", TEXTS[:350], TEXTS[350:])
 
 
-def expected(texts: list[str], sampling: SamplingParams = SamplingParams(max_tokens=8)) -> list[str]:
+def expected(texts: list[str]) -> list[str]:
     """What the fake engine's outputs decode to."""
+    sampling = SamplingParams(max_tokens=8)
     spell = lambda ids: "".join(chr(33 + i) for i in ids)  # noqa: E731
     # The tokenizer's ids are those of the bytes, shifted: a printable ASCII character is its code - 33, a blank 220.
     encode = lambda text: [220 if char == " " else ord(char) - 33 for char in text]  # noqa: E731
@@ -230,7 +231,7 @@ def test_refused_rows_ahead_of_the_engine_are_no_reason_to_stop(tmp_path: Path) 
 
 def test_an_engine_that_breaks_loses_no_finished_row(tmp_path: Path, rows: Path) -> None:
     plan = make_plan(tmp_path, output={"journal_interval_s": 1000.0})
-    with pytest.raises(EngineError, match="RuntimeError: the device is gone; .* run the same command again"):
+    with pytest.raises(EngineError, match=r"RuntimeError: the device is gone; .* run the same command again"):
         run(plan, FakeEngine(per_step=10, crash_at=7))
     engine = FakeEngine()
     summary = run(plan, engine)
@@ -277,7 +278,7 @@ def test_an_engine_that_cannot_be_loaded_is_said_in_one_message(tmp_path: Path, 
         raise MemoryError("no room")
 
     monkeypatch.setattr("engines.load.load_engine", load)
-    with pytest.raises(EngineError, match="engine cpu: cannot load .*: no room"):
+    with pytest.raises(EngineError, match=r"engine cpu: cannot load .*: no room"):
         run(make_plan(tmp_path))
 
 
@@ -296,3 +297,11 @@ def test_a_result_file_in_the_format_of_openai_batches(tmp_path: Path, rows: Pat
     lines = (Path(summary.folder) / "batch_output.jsonl").read_text().splitlines()
     bodies = [json.loads(line)["response"]["body"] for line in lines]
     assert [body["choices"][0]["message"]["content"] for body in bodies] == expected(TEXTS)
+
+
+def test_the_result_file_of_a_finished_job_is_made_when_it_is_missing(tmp_path: Path, rows: Path) -> None:
+    summary = run(make_plan(tmp_path), FakeEngine())
+    engine = FakeEngine()
+    run(make_plan(tmp_path, output={"format": "openai_batch"}), engine)
+    assert engine.num_requests == 0
+    assert len((Path(summary.folder) / "batch_output.jsonl").read_text().splitlines()) == 650
