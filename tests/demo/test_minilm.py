@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from tokenizers import Tokenizer
 
-from engines.api import EngineConfig, EngineSettings, Request
-from engines.core.engine import LLMEngine
-from engines.models.load import load_model
-from engines.ops import OpSet
+from tests.demo.running import parts, run_job
 from tests.demo.sentences import sentences
 
 NUM_SENTENCES = 1000
@@ -35,24 +34,25 @@ def expected(folder: Path) -> torch.Tensor:
     return torch.from_numpy(reference.encode(sentences(NUM_SENTENCES), convert_to_numpy=True))
 
 
-def test_engine(folder: Path, expected: torch.Tensor) -> None:
-    config = EngineConfig()
-    settings = EngineSettings("cpu", str(folder), "float32", config, kind="embed", pooling="mean", normalize=True)
-    ops = OpSet()
-    engine = LLMEngine(
-        load_model(settings, ops), ops, config, 0, torch.float32, torch.device("cpu"), (), None, "mean", True
+def test_job(tmp_path: Path, folder: Path, expected: torch.Tensor) -> None:
+    """From a Parquet file to a Parquet file; pooling, scaling and the cut at 256 tokens are the checkpoint's own."""
+    table = pa.table({"number": range(NUM_SENTENCES), "sentence": sentences(NUM_SENTENCES)})
+    pq.write_table(table, tmp_path / "sentences.parquet")
+    run_job(
+        tmp_path,
+        *("name=vectors", "model=minilm", "model.dtype=float32", "task=embed", "task.text='{{ sentence }}'"),
+        *("dataset=parquet", "dataset.path=sentences.parquet"),
     )
+    found = parts(tmp_path, "vectors")
+    assert found.column("error_code").null_count == NUM_SENTENCES
+    assert found.column("number").to_pylist() == list(range(NUM_SENTENCES))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     tokenizer.no_padding()
-    tokenizer.enable_truncation(MAX_TOKENS)
-    encoded = tokenizer.encode_batch(sentences(NUM_SENTENCES))
-    assert max(len(one.ids) for one in encoded) == MAX_TOKENS, "one sentence at least is cut"
-    engine.submit([Request(i, "embed", one.ids) for i, one in enumerate(encoded)])
-    found = torch.empty_like(expected)
-    while engine.num_unfinished:
-        for outcome in engine.step():
-            assert outcome.values is not None, outcome.error
-            found[outcome.request_id] = torch.as_tensor(outcome.values)
-    cosine = torch.nn.functional.cosine_similarity(found, expected)
+    tokenizer.no_truncation()
+    is_long = [len(one.ids) > MAX_TOKENS for one in tokenizer.encode_batch(sentences(NUM_SENTENCES))]
+    assert any(is_long)
+    assert found.column("input_truncated").to_pylist() == is_long
+    vectors = torch.tensor(found.column("embedding").to_pylist())
+    cosine = torch.nn.functional.cosine_similarity(vectors, expected)
     assert float(cosine.min()) >= 0.9999
-    torch.testing.assert_close(found.norm(dim=1), torch.ones(NUM_SENTENCES), rtol=1e-5, atol=0)
+    torch.testing.assert_close(vectors.norm(dim=1), torch.ones(NUM_SENTENCES), rtol=1e-5, atol=0)
