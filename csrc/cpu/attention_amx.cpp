@@ -21,17 +21,17 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// to: [D / 2][T] pairs, zero from D and from num_keys on.
-void pair_keys(uint32_t* to, const Work& work, int64_t first, int count, int padded) {
-  const int D = work.head_dim;
+// to: [D / 2][T] pairs, zero from D and from rows.count on.
+void pair_keys(uint32_t* to, const Rows& rows, const Rows& next, int D, int padded) {
   for (int t = 0; t < kTile; t += W) {
+    for (int i = t; i < t + W && i < next.count; ++i) prefetch(next.k[i], D * 2);
     for (int d = 0; d < padded; d += 2 * W) {
       const int values = D - d < 2 * W ? D - d : 2 * W;
       Uint v[W];
       for (int i = 0; i < W; ++i) {
         v[i] = Uint{};
-        if (t + i >= count) continue;
-        const char* row = key_at(work, first + t + i) + d * 2;
+        if (t + i >= rows.count) continue;
+        const char* row = rows.k[t + i] + d * 2;
         if (values == 2 * W) v[i] = load<Uint>(row);
         else __builtin_memcpy(&v[i], row, values * 2);
       }
@@ -41,12 +41,12 @@ void pair_keys(uint32_t* to, const Work& work, int64_t first, int count, int pad
   }
 }
 
-// to: [T / 2][D] pairs of keys 2 i and 2 i + 1, zero from D and from count on.
-void pair_values(uint32_t* to, const Work& work, int64_t first, int count, int padded) {
-  const int D = work.head_dim;
+// to: [T / 2][D] pairs of keys 2 i and 2 i + 1, zero from D and from rows.count on.
+void pair_values(uint32_t* to, const Rows& rows, const Rows& next, int D, int padded) {
   for (int t = 0; t < kTile; t += 2) {
-    const char* even = t < count ? value_at(work, first + t) : nullptr;
-    const char* odd = t + 1 < count ? value_at(work, first + t + 1) : nullptr;
+    for (int i = t; i < t + 2 && i < next.count; ++i) prefetch(next.v[i], D * 2);
+    const char* even = t < rows.count ? rows.v[t] : nullptr;
+    const char* odd = t + 1 < rows.count ? rows.v[t + 1] : nullptr;
     for (int d = 0; d < padded; d += W) {
       const int left = D - d, bytes = left <= 0 ? 0 : left < W ? 2 * left : 2 * W;
       Short a = Short{}, b = Short{};
@@ -140,11 +140,16 @@ void attend_rows(const Work& work, float* scratch) {
     __builtin_memcpy(q + r * padded, work.q[r], D * 2);
   }
   start(work, out, padded, maximum, sum);
+  Rows located[2];
+  Rows *now = &located[0], *next = &located[1];
+  locate(*next, work, work.begin);
   for (int64_t first = work.begin; first < work.end; first += kTile) {
-    const int count = static_cast<int>(work.end - first < kTile ? work.end - first : kTile);
-    prefetch(work, first + kTile, D * 2);
-    pair_keys(keys, work, first, count, padded);
-    pair_values(values, work, first, count, padded);
+    Rows* const done = now;
+    now = next;
+    next = done;
+    locate(*next, work, first + kTile);
+    pair_keys(keys, *now, *next, D, padded);
+    pair_values(values, *now, *next, D, padded);
     score(scores, q, keys, rows, padded);
     for (int r = 0; r < rows; ++r) {
       float* weights = scores + r * kTile;

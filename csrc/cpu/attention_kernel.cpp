@@ -95,19 +95,23 @@ template <Type type> void attend_typed(const Work& work, float* scratch) {
     widen_row<type>(q + r * padded, work.q[r], D);
   }
   start(work, out, padded, maximum, sum);
+  Rows located[2];
+  Rows *now = &located[0], *next = &located[1];
+  locate(*next, work, work.begin);
   for (int64_t first = work.begin; first < work.end; first += kTile) {
-    const int count = static_cast<int>(work.end - first < kTile ? work.end - first : kTile);
-    prefetch(work, first + kTile, D * kBytes<type>);
-    const char* key_rows[kTile];
+    Rows* const done = now;
+    now = next;
+    next = done;
+    locate(*next, work, first + kTile);
     for (int t = 0; t < kTile; ++t) {
-      if (t >= count) {
-        for (int d = 0; d < padded; ++d) v[t * padded + d] = 0.0f;
-        continue;
+      if (t < next->count) {
+        prefetch(next->k[t], D * kBytes<type>);
+        prefetch(next->v[t], D * kBytes<type>);
       }
-      key_rows[t] = key_at(work, first + t);
-      widen_row<type>(v + t * padded, value_at(work, first + t), D);
+      if (t < now->count) widen_row<type>(v + t * padded, now->v[t], D);
+      else __builtin_memset(v + t * padded, 0, padded * sizeof(float));
     }
-    load_keys<type>(k, key_rows, count, D);
+    load_keys<type>(k, now->k, now->count, D);
     multiply(scores, kTile, q, padded, k, kTile, D, nullptr, rows, kTile);
     for (int r = 0; r < rows; ++r)
       factor[r] = weigh(scores + r * kTile, first, work.position[r], work, maximum[r], sum[r]);

@@ -92,7 +92,15 @@ inline uint16_t narrow_f16(float x) {
 }
 
 template <Type type> inline void store_row(void* to, const float* from, int D, float factor) {
-  for (int d = 0; d < D; ++d) {
+  int d = 0;
+  if constexpr (type == Type::bf16) {
+    for (; d + W <= D; d += W) {
+      const Float x = load<Float>(from + d) * factor;
+      const Uint u = bits<Uint>(x), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+      store(static_cast<uint16_t*>(to) + d, __builtin_convertvector(x == x ? rounded : Uint{} + 0x7fc0, Short));
+    }
+  }
+  for (; d < D; ++d) {
     const float x = from[d] * factor;
     if constexpr (type == Type::f32) static_cast<float*>(to)[d] = x;
     else static_cast<uint16_t*>(to)[d] = type == Type::bf16 ? narrow_bf16(x) : narrow_f16(x);
@@ -179,27 +187,32 @@ inline float weigh(float* scores, int64_t first_key, int64_t position, const Wor
   return factor;
 }
 
-// Where the cache holds the key or the value at a position.
-inline const char* key_at(const Work& work, int64_t position) {
-  const int64_t block = work.block_table[position / work.block_size], slot = position % work.block_size;
-  return work.k + block * work.k_block_stride + slot * work.k_slot_stride;
-}
+// Where the cache holds the keys and values of one tile.
+struct Rows {
+  int count;
+  const char* k[kTile];
+  const char* v[kTile];
+};
 
-inline const char* value_at(const Work& work, int64_t position) {
-  const int64_t block = work.block_table[position / work.block_size], slot = position % work.block_size;
-  return work.v + block * work.v_block_stride + slot * work.v_slot_stride;
-}
-
-// Asks for the keys and values of one tile while another is computed: blocks lie anywhere, so no hardware foresees them.
-inline void prefetch(const Work& work, int64_t first, int row_bytes) {
-  const int64_t end = first + kTile < work.end ? first + kTile : work.end;
-  for (int64_t t = first; t < end; ++t) {
-    const char *k = key_at(work, t), *v = value_at(work, t);
-    for (int i = 0; i < row_bytes; i += 64) {
-      __builtin_prefetch(k + i);
-      __builtin_prefetch(v + i);
+inline void locate(Rows& rows, const Work& work, int64_t first) {
+  const int64_t left = work.end - first;
+  rows.count = left <= 0 ? 0 : left < kTile ? static_cast<int>(left) : kTile;
+  if (rows.count == 0) return;
+  const int32_t* table = work.block_table + first / work.block_size;
+  int64_t slot = first % work.block_size;
+  for (int t = 0; t < rows.count; ++table, slot = 0) {
+    const char* k = work.k + *table * work.k_block_stride + slot * work.k_slot_stride;
+    const char* v = work.v + *table * work.v_block_stride + slot * work.v_slot_stride;
+    for (; slot < work.block_size && t < rows.count; ++slot, ++t, k += work.k_slot_stride, v += work.v_slot_stride) {
+      rows.k[t] = k;
+      rows.v[t] = v;
     }
   }
+}
+
+// Asks for a row of the next tile: blocks lie anywhere, so no hardware foresees them.
+inline void prefetch(const char* row, int bytes) {
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(row + i);
 }
 
 // What a row's sums begin with: nothing, or the state that its prefix group left. out's padding becomes zero.
@@ -210,7 +223,8 @@ inline void start(const Work& work, float* out, int stride, float* maximum, floa
     const bool fresh = state == nullptr || work.store_state;
     maximum[r] = fresh ? kNone : state[0];
     sum[r] = fresh ? 0.0f : state[1];
-    for (int d = 0; d < stride; ++d) out[r * stride + d] = fresh || d >= D ? 0.0f : state[kStateHeader + d];
+    __builtin_memset(out + r * stride, 0, stride * sizeof(float));
+    if (!fresh) __builtin_memcpy(out + r * stride, state + kStateHeader, D * sizeof(float));
   }
 }
 
