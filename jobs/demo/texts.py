@@ -106,12 +106,12 @@ def write_date(date: datetime.date, rng: Random) -> str:
     if rng.random() < 0.15:
         yyyy = short
     weekday = WEEKDAYS[date.weekday()]
-    style = rng.randrange(20)
+    style = rng.randrange(21)
     if style == 0:
         return rng.choice((f"{year}-{month:02}-{day:02}", f"{year}/{month:02}/{day:02}", f"{year}{month:02}{day:02}"))
     if style == 1:
         return rng.choice((f"{day:02}.{month:02}.{year}", f"{day}.{month}.{year}", f"{day}. {name} {year}"))
-    if style in (2, 3):
+    if style in (2, 3, 20):
         pad = rng.random() < 0.5
         d, m = (f"{day:02}", f"{month:02}") if pad else (str(day), str(month))
         first, second, label = rng.choice(((d, m, "DD/MM/YYYY"), (m, d, "MM/DD/YYYY")))
@@ -420,7 +420,7 @@ def sentence(kind: str, value: str, rng: Random) -> str:
     text = text[0].upper() + text[1:] if rng.random() < 0.85 else text
     text += rng.choice((".", ".", "", "!")) if not text.endswith(".") else ""
     draw = rng.random()
-    return text.lower() if draw < 0.06 else text.upper() if draw < 0.10 else text
+    return text.lower() if draw < 0.06 else text.upper() if draw < 0.14 else text
 
 
 def make_row(rng: Random, kinds: Sequence[str] = KINDS, keep_held_out: bool = False) -> Row:
