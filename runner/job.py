@@ -270,7 +270,7 @@ class JobRunner:
         self._num_held = 0
         """Rows of the open chunks."""
         self._num_read = 0
-        """Input rows of the chunks that are behind us."""
+        """Input rows that are behind us; those that were filtered away or recovered count when their chunk is done."""
         self._exhausted = False
         """Whether all chunks have been read."""
         self._stats: EngineStats | None = None
@@ -417,6 +417,7 @@ class JobRunner:
     def _record(self, opened: OpenChunk, place: int, result: Result) -> None:
         opened.add(place, result)
         self.counts.num_rows += 1
+        self._num_read += 1
         if isinstance(result, RowError):
             self.counts.errors[result.code] += 1
 
@@ -428,12 +429,13 @@ class JobRunner:
             self._to_journal(opened)
 
     def _commit(self, opened: OpenChunk) -> None:
+        self._to_journal(opened)  # it writes nothing yet, and has the rows if the part cannot be written
         part = self._sink.write(opened.chunk, opened.table(), opened.num_errors, opened.generation)
         self._ledger.commit(part)
         self._journal.drop(opened.chunk.index)
         del self._open[opened.chunk.index]
         self._num_held -= opened.batch.num_rows
-        self._num_read += opened.chunk.num_rows
+        self._num_read += opened.chunk.num_rows - opened.batch.num_rows
 
     def _to_journal(self, opened: OpenChunk) -> None:
         table = opened.flush()

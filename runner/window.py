@@ -125,8 +125,7 @@ class OpenChunk:
         return table
 
     def table(self) -> pa.Table:
-        """All finished rows in input order."""
-        self.flush()
+        """All rows that were flushed, in input order."""
         table = pa.concat_tables(self._tables)
         rows: npt.NDArray[np.int64] = table.column(ROW_COLUMN).to_numpy()
         if np.all(np.diff(rows) > 0):

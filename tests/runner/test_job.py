@@ -305,3 +305,44 @@ def test_the_result_file_of_a_finished_job_is_made_when_it_is_missing(tmp_path: 
     run(make_plan(tmp_path, output={"format": "openai_batch"}), engine)
     assert engine.num_requests == 0
     assert len((Path(summary.folder) / "batch_output.jsonl").read_text().splitlines()) == 650
+
+
+class Stubborn(FakeEngine):
+    """Keeps the first request until nothing else is left."""
+
+    def step(self) -> list[Outcome]:
+        first, self._queue = self._queue[:1], self._queue[1:]
+        outcomes = super().step() if self._queue else [self._outcome(request) for request in first]
+        if outcomes and first and outcomes[0].request_id != first[0].request_id:
+            self._queue = first + self._queue
+        return outcomes
+
+
+def test_a_row_that_takes_long_does_not_let_memory_grow(tmp_path: Path, monkeypatch: Any) -> None:
+    """Chunks that are complete but for one row wait in memory: no more of them than there is room for."""
+    write_rows(tmp_path / "rows", [f"row {i}" for i in range(5000)])
+    most = []
+    take = job_module.JobRunner._take
+
+    def watch(self: Any, outcomes: Any) -> None:
+        take(self, outcomes)
+        most.append(self._num_held)
+
+    monkeypatch.setattr(job_module.JobRunner, "_take", watch)
+    plan = make_plan(tmp_path, window_rows=20, dataset={"chunk_rows": 1000})
+    summary = run(plan, Stubborn(per_step=10))
+    assert read_output(summary.folder).column("id").to_pylist() == list(range(5000))
+    assert 2000 <= max(most) <= 4 * 20 + 5 * 1000
+
+
+def test_rows_of_a_part_that_cannot_be_written_are_journaled(tmp_path: Path, rows: Path, monkeypatch: Any) -> None:
+    def full(self: Any, *args: Any) -> None:
+        raise OutputError("out: no space left on the device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(job_module.Sink, "write", full)
+        with pytest.raises(OutputError, match="no space"):
+            run(make_plan(tmp_path, output={"journal_interval_s": 1000.0}), FakeEngine(per_step=100))
+    engine = FakeEngine()
+    run(make_plan(tmp_path), engine)
+    assert engine.num_requests <= 650 - 100

@@ -71,6 +71,7 @@ def _hanging(folder: Path, **changes: Any) -> Any:
     plan = folder / "out" / "job" / "plan.json"
     end = time.monotonic() + 30
     while time.monotonic() < end and not plan.exists():
+        assert process.exitcode is None
         time.sleep(0.02)
     time.sleep(0.5)
     return process
