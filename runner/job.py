@@ -8,14 +8,9 @@ The engine holds about `window_rows` rows; whatever order it finishes them in, a
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import orjson
 import pyarrow as pa
@@ -26,7 +21,7 @@ from engines.api import CheckpointError, Engine, EngineStats, Outcome, Request, 
 from engines.checkpoint import open_checkpoint
 from runner.chunk import Chunk, Part
 from runner.config import JobConfig, to_yaml
-from runner.errors import EngineError, InputError, InternalError, Interrupted, RowError, TooManyErrors
+from runner.errors import EngineError, InputError, InternalError, RowError
 from runner.inspect import UNKNOWN_LENGTH, check_columns
 from runner.journal import Journal
 from runner.ledger import Ledger
@@ -35,6 +30,7 @@ from runner.progress import Counts, Progress, Summary
 from runner.prompt import load_tokenizer
 from runner.sink import Sink
 from runner.source import Source, open_source
+from runner.stop import ErrorLimit, Stop
 from runner.tasks import build_task
 from runner.window import CODE_COLUMN, Layout, OpenChunk, Result, without
 
@@ -45,12 +41,8 @@ PIECE_ROWS = 1024
 """Most rows that become requests at once."""
 TABLE_ROWS = 4096
 """Finished rows of a chunk that become a table without waiting for the journal's interval."""
-MIN_ROWS_FOR_RATE = 100
-"""Before this many rows `max_error_rate` says nothing."""
 COUNTING_S = 2.0
 """Longest time to find out how many rows the input has, for the progress; beyond it the job starts without knowing."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""SIGUSR1 is what Slurm is asked to send before its time limit."""
 
 LoadEngine = Callable[[], Engine]
 
@@ -143,51 +135,6 @@ def is_wanted(job: JobConfig, chunk_index: int, part: Part | None) -> bool:
     if chunk_index % job.shard.count != job.shard.index:
         return False
     return part is None or (job.retry_errors and part.num_errors > 0)
-
-
-class Stop:
-    """Whether to leave: a signal came, or the time is over. Handles signals while it is entered, in the main thread.
-
-    The first signal asks the loop to leave; if that takes longer than grace_s, or at a second Ctrl-C, the process ends
-    on the spot, which costs only what has not reached the journal.
-    """
-
-    def __init__(self, job: JobConfig, began: float) -> None:
-        self._grace_s = job.grace_s
-        self._deadline = None if job.max_runtime_s is None else began + job.max_runtime_s
-        self._max_runtime_s = job.max_runtime_s
-        self._received: signal.Signals | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-        self._timer: threading.Timer | None = None
-
-    def __enter__(self) -> Stop:
-        if threading.current_thread() is threading.main_thread():
-            self._previous = {number: signal.signal(number, self._receive) for number in SIGNALS}
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        if self._timer is not None:
-            self._timer.cancel()
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self._received is not None:
-            if number == signal.SIGINT:
-                os._exit(Interrupted.exit_code)
-            return
-        self._received = signal.Signals(number)
-        self._timer = threading.Timer(self._grace_s, os._exit, [Interrupted.exit_code])
-        self._timer.daemon = True
-        self._timer.start()
-
-    def check(self) -> None:
-        """Raise Interrupted if it is time to leave."""
-        again = "run the same command again to go on"
-        if self._received is not None:
-            raise Interrupted(f"stopped by {self._received.name}; finished rows are kept; {again}", by_signal=True)
-        if self._deadline is not None and time.monotonic() > self._deadline:
-            raise Interrupted(f"max_runtime_s: {self._max_runtime_s:g} s are over; rows are left; {again}")
 
 
 class EngineLoader:
@@ -341,8 +288,9 @@ class JobRunner:
         if part is not None:
             with self._ledger.storage.open(part.path) as stream:
                 table = pq.read_table(stream, use_threads=False).replace_schema_metadata(None)
-            good = table.filter(pc.is_null(table.column(CODE_COLUMN)))
-            finished.append(good.cast(self._layout.schema))
+            finished.append(table.cast(self._layout.schema))
+        if self._job.retry_errors:
+            finished = [table.filter(pc.is_null(table.column(CODE_COLUMN))) for table in finished]
         rows = pa.concat_tables(finished) if finished else None
         batch = without(self._source.read(chunk, self._layout.columns), rows)
         opened = OpenChunk(chunk, self._layout, batch, rows, 0 if part is None else part.generation + 1)
@@ -469,72 +417,3 @@ class Row:
             if outcome.error is not None:
                 return RowError(outcome.error.code, outcome.error.message)
         return self.outcomes
-
-
-class ErrorLimit:
-    """When a job fails everywhere: max_error_rate and max_consecutive_errors.
-
-    Rows that become no request are known long before the rows around them have a result. So the two kinds are counted
-    apart: refused rows among those read, failed ones among those that came back from the engine.
-    """
-
-    def __init__(self, job: JobConfig) -> None:
-        self._rate = job.max_error_rate
-        self._consecutive = job.max_consecutive_errors
-        self._num_read = self._num_refused = self._refused_in_a_row = 0
-        self._num_returned = self._num_failed = self._failed_in_a_row = 0
-        self._most_in_a_row = 0
-        self._codes: Counter[str] = Counter()
-        self._messages: dict[str, str] = {}
-
-    def refused(self, error: RowError) -> None:
-        """The next row of the input could not become a request."""
-        self._num_read += 1
-        self._num_refused += 1
-        self._refused_in_a_row += 1
-        self._most_in_a_row = max(self._most_in_a_row, self._refused_in_a_row)
-        self._note(error)
-
-    def accepted(self) -> None:
-        """The next row of the input is for the engine."""
-        self._num_read += 1
-        self._refused_in_a_row = 0
-
-    def returned(self, result: Result) -> None:
-        """A row came back from the engine."""
-        self._num_returned += 1
-        if isinstance(result, RowError):
-            self._num_failed += 1
-            self._failed_in_a_row += 1
-            self._most_in_a_row = max(self._most_in_a_row, self._failed_in_a_row)
-            self._note(result)
-        else:
-            self._failed_in_a_row = 0
-
-    def check(self) -> None:
-        """Raise TooManyErrors if it is enough."""
-        if self._consecutive is not None and self._most_in_a_row >= self._consecutive:
-            raise TooManyErrors(
-                f"max_consecutive_errors: {self._most_in_a_row:,} rows one after the other ended in an error; expected "
-                f"fewer than {self._consecutive:,}{self._advice()}"
-            )
-        for number, total in (
-            (self._num_failed, self._num_returned),
-            (self._num_refused + self._num_failed, self._num_read),
-        ):
-            if total >= MIN_ROWS_FOR_RATE and number > self._rate * total:
-                raise TooManyErrors(
-                    f"max_error_rate: {number:,} of {total:,} rows ended in an error; expected at most "
-                    f"{self._rate:.0%}{self._advice()}"
-                )
-
-    def _note(self, error: RowError) -> None:
-        self._codes[error.code] += 1
-        self._messages.setdefault(error.code, error.message)
-
-    def _advice(self) -> str:
-        code, count = self._codes.most_common(1)[0]
-        return (
-            f"; most of them, {count:,}, with {code}: {self._messages[code]}; finished rows are kept: correct the job, "
-            "or raise the limit and run it again"
-        )

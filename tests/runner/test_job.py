@@ -191,6 +191,16 @@ def test_an_interrupted_retry_goes_on(tmp_path: Path) -> None:
     all_rows_once(summary.folder, list(range(60)))
 
 
+def test_retry_takes_in_the_rows_of_a_job_that_was_stopped(tmp_path: Path) -> None:
+    """A device that is broken fails every row; once it is repaired, those rows are as good as new."""
+    write_rows(tmp_path / "rows", [f"!{i}" for i in range(450)])
+    with pytest.raises(TooManyErrors):
+        run(make_plan(tmp_path), FakeEngine(per_step=30, fail=fails_on("!")))
+    summary = run(make_plan(tmp_path, retry_errors=True), FakeEngine())
+    assert (summary.num_rows, summary.num_errors, summary.finished) == (450, 0, True)
+    assert read_output(summary.folder).column("id").to_pylist() == list(range(450))
+
+
 def test_shards_make_one_output(tmp_path: Path, rows: Path) -> None:
     whole = run(make_plan(tmp_path, name="whole"), FakeEngine())
     finished = []
@@ -206,7 +216,9 @@ def test_shards_make_one_output(tmp_path: Path, rows: Path) -> None:
 def test_too_many_errors_stop_the_job(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows", [f"!{i}" if i % 3 else "fine" for i in range(2000)])
     engine = FakeEngine(per_step=10, fail=fails_on("!"))
-    with pytest.raises(TooManyErrors, match=r"max_error_rate: .* with broken: it broke; .* raise the limit"):
+    with pytest.raises(
+        TooManyErrors, match=r"max_error_rate: .* with broken: it broke; .* with retry_errors=true, or raise"
+    ):
         run(make_plan(tmp_path), engine)
     assert engine.num_requests < 500
     resumed = FakeEngine(fail=fails_on("!"))

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from runner.errors import Interrupted
-from runner.job import SIGNALS, run
+from runner.job import run
+from runner.stop import SIGNALS
 from tests.crash.child import start
 from tests.fake_engine import FakeEngine
 from tests.small_job import make_plan, read_output, write_rows
