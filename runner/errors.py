@@ -59,6 +59,23 @@ class Interrupted(RunnerError):
         """A sweep ends with the job that a signal stopped; after `max_runtime_s` its next job begins."""
 
 
+# Codes of the rows that no request is made of.
+NULL_INPUT = "null_input"
+"""A template prints a column that is null in this row."""
+EMPTY_INPUT = "empty_input"
+"""Nothing is left for the model to read: no tokens."""
+TEMPLATE_ERROR = "template_error"
+"""A template fails on this row."""
+TOO_LONG = "too_long"
+"""More tokens than the model takes, or more text than any model could."""
+BAD_SAMPLING = "bad_sampling"
+"""A sampling parameter from a column has a wrong type or is out of its bounds."""
+BAD_MESSAGES = "bad_messages"
+"""A conversation that is none, or that the model's chat template refuses."""
+UNREADABLE_ROW = "unreadable_row"
+"""The input file has no sound row here."""
+
+
 class RowError(Exception):
     """One row cannot be processed. Becomes the row's `error_code` and `error_message`, never ends a job."""
 

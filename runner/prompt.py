@@ -1,107 +1,199 @@
-"""From rows to token ids: row templates, chat templates, the tokenizer. Templates run in a sandbox."""
+"""From rows to token ids: row templates, chat templates, the tokenizer. Templates run in a sandbox.
+
+Text from data never becomes a control token. A template may spell control tokens, data may not: `Tokenizer.shield` puts
+private-use characters in place of the spellings that data has, and `Tokenizer.encode_rendered` encodes those as text.
+"""
 
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import pyarrow as pa
-from jinja2 import meta
+from jinja2 import ext, meta, nodes, parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
-from runner.errors import ConfigError, InputError, RowError
+from runner.errors import BAD_MESSAGES, NULL_INPUT, TEMPLATE_ERROR, TOO_LONG, ConfigError, InputError, RowError
 
 MAX_PROMPT_CHARS = 10_000_000
 """A rendered prompt longer than this is an error of its row."""
+SHIELD = "\U000f0000"
+"""Announces a shielded spelling; the character after it says which one. Private use: real text has no such character,
+and where it does, it is shielded too."""
 ONE_COLUMN = re.compile(r"\{\{\s*([A-Za-z_]\w*)\s*\}\}")
 
 
 class Template:
-    """A Jinja template over the columns of a row. Undefined names and nulls that are printed are errors of the row."""
+    """A Jinja template over the columns of a row; `row["any name"]` reaches columns whose names are no Jinja names.
+
+    Undefined names and nulls that are printed are errors of the row; a null may be tested for.
+    """
 
     def __init__(self, text: str, key: str) -> None:
         """key: where the template stands in the configuration, for messages. Raises ConfigError for bad syntax."""
-        environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+        environment = ImmutableSandboxedEnvironment(
+            undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_printable
+        )
+        self._key = key
         try:
             self._template = environment.from_string(text)
-            self.columns = sorted(meta.find_undeclared_variables(environment.parse(text)))
+            self.columns = _columns(environment.parse(text), key)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(
                 f"{key}: {error.message} in line {error.lineno}; expected a Jinja template; correct it"
             ) from None
         parts = ONE_COLUMN.split(text)
         # Only text and plain columns: no interpreter is needed.
-        self._parts = parts if all("{{" not in p and "{%" not in p and "{#" not in p for p in parts[::2]) else None
+        simple = all("{{" not in p and "{%" not in p and "{#" not in p for p in parts[::2])
+        self._parts = parts if simple and {*parts[1::2]} == {*self.columns} else None
 
-    def render(self, batch: pa.RecordBatch) -> list[str | RowError]:
-        """The text of each row."""
-        values = {name: batch.column(name).to_pylist() for name in self.columns}
-        if self._parts is not None and all(pa.types.is_string(batch.schema.field(n).type) for n in self.columns):
-            return self._join(self._parts, values, batch.num_rows)
-        return [self._render_row({name: column[i] for name, column in values.items()}) for i in range(batch.num_rows)]
+    def render(self, batch: pa.RecordBatch, shield: Callable[[Any], Any] | None = None) -> list[str | RowError]:
+        """The text of each row. shield: is applied to every value first."""
+        columns = [batch.column(name).to_pylist() for name in self.columns]
+        if shield is not None:
+            columns = [[shield(value) for value in column] for column in columns]
+        if self._parts is not None and all(_is_text(batch.schema.field(n).type) for n in self.columns):
+            return self._join(self._parts, dict(zip(self.columns, columns, strict=True)), batch.num_rows)
+        if not columns:
+            return [self._render_row({})] * batch.num_rows
+        return [self._render_row(dict(zip(self.columns, row, strict=True))) for row in zip(*columns, strict=True)]
 
     def _join(self, parts: list[str], values: Mapping[str, list[Any]], count: int) -> list[str | RowError]:
         columns = [[part] * count if i % 2 == 0 else values[part] for i, part in enumerate(parts)]
         rows: list[str | RowError] = []
         for row in zip(*columns, strict=True):
             try:
-                rows.append("".join(row))
+                text = "".join(row)
             except TypeError:
                 rows.append(self._null(dict(zip(parts[1::2], row[1::2], strict=True))))
+                continue
+            rows.append(text if len(text) <= MAX_PROMPT_CHARS else _oversized(self._key))
         return rows
 
     def _render_row(self, row: Mapping[str, Any]) -> str | RowError:
-        if any(value is None for value in row.values()) and self._parts is not None:
-            return self._null(row)
         try:
-            text = "".join(_limited(self._template.generate(row)))
+            return "".join(_limited(self._template.generate(row, row=row), self._key))
         except RowError as error:
             return error
+        except _NullPrinted:
+            return self._null(row)
         except Exception as error:  # a template may raise anything
-            return RowError("template_error", f"template: {type(error).__name__}: {error}")
-        return text
+            return _failed(self._key, error)
 
     def _null(self, row: Mapping[str, Any]) -> RowError:
-        names = ", ".join(name for name, value in row.items() if value is None)
+        names = ", ".join(name for name, value in row.items() if value is None) or "a value"
         return RowError(
-            "null_input", f"{names}: null; expected a value; filter such rows, or give the template a default"
+            NULL_INPUT,
+            f"{self._key}: {names}: null; expected a value; filter such rows, or give the template a default",
         )
 
 
-def _limited(pieces: Iterable[str]) -> Iterable[str]:
+class _NullPrinted(Exception):
+    """A template prints a null."""
+
+
+def _printable(value: Any) -> Any:
+    if value is None:
+        raise _NullPrinted
+    return value
+
+
+def _columns(tree: nodes.Template, key: str) -> list[str]:
+    """Columns that a template reads, by name or as row["name"]."""
+    names = meta.find_undeclared_variables(tree)
+    if "row" not in names:
+        return sorted(names)
+    uses = sum(node.name == "row" and node.ctx == "load" for node in tree.find_all(nodes.Name))
+    found = []
+    lookups: list[Any] = [*tree.find_all(nodes.Getitem), *tree.find_all(nodes.Getattr)]
+    for node in lookups:
+        if isinstance(node.node, nodes.Name) and node.node.name == "row":
+            column = node.attr if isinstance(node, nodes.Getattr) else getattr(node.arg, "value", None)
+            found += [column] if isinstance(column, str) else []
+    if len(found) != uses:
+        raise ConfigError(
+            f'{key}: row without the name of a column; expected row["name"], so that the columns are known; '
+            'write row["row"] for a column called row'
+        )
+    return sorted({*names} - {"row"} | {*found})
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _limited(pieces: Iterable[str], key: str) -> Iterable[str]:
     size = 0
     for piece in pieces:
         size += len(piece)
         if size > MAX_PROMPT_CHARS:
-            raise RowError("too_long", f"the rendered prompt has more than {MAX_PROMPT_CHARS:,} characters")
+            raise _oversized(key)
         yield piece
 
 
+def _oversized(key: str) -> RowError:
+    return RowError(
+        TOO_LONG,
+        f"{key}: the rendered text is longer than {MAX_PROMPT_CHARS:,} characters; expected less; filter such rows",
+    )
+
+
+def _failed(key: str, error: Exception) -> RowError:
+    said = (str(error).splitlines() or [""])[0][:200]
+    return RowError(
+        TEMPLATE_ERROR,
+        f"{key}: {type(error).__name__}: {said}; expected a template that holds for every row; correct it, or filter "
+        "such rows",
+    )
+
+
 class Tokenizer:
-    """The checkpoint's tokenizer and chat template. Text that spells a control token stays text."""
+    """The checkpoint's tokenizer and chat template. Text that spells a control token stays text.
+
+    Control tokens are those that the tokenizer marks as special.
+    """
 
     def __init__(self, tokenizer: FastTokenizer, config: Mapping[str, Any], chat_template: str | None) -> None:
+        """config: tokenizer_config.json. The tokenizer is taken over: truncation and padding are switched off."""
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.encode_special_tokens = True
         self._tokenizer = tokenizer
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
         self.config = config
         self.chat_template = chat_template
 
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """The tokenizer's own end-of-sequence token. What ends an output is the checkpoint's to say."""
+        found = self._tokenizer.token_to_id(_content(self.config.get("eos_token")) or "")
+        return () if found is None else (found,)
+
+    @functools.cached_property
+    def around(self) -> tuple[int, int]:
+        """How many tokens the post-processor puts before and behind a text."""
+        mask = self._tokenizer.encode("a", add_special_tokens=True).special_tokens_mask
+        text = [i for i, special in enumerate(mask) if not special]
+        return (text[0], len(mask) - 1 - text[-1]) if text else (len(mask), 0)
+
     def encode(self, texts: list[str], add_special: bool = True) -> list[list[int]]:
         """Token ids of data: control tokens in it are spelled out, those of the post-processor are added."""
-        self._tokenizer.encode_special_tokens = True
         return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special)]
 
-    def encode_rendered(self, texts: list[str]) -> list[list[int]]:
-        """Token ids of chat templates' output, in which control tokens are meant."""
-        self._tokenizer.encode_special_tokens = False
-        return [e.ids for e in self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    def encode_rendered(self, texts: list[str], add_special: bool = False) -> list[list[int]]:
+        """Token ids of templates' output, in which control tokens are meant; shielded ones in it are text."""
+        encodings = self._meant.encode_batch_fast(texts, add_special_tokens=add_special)
+        return [
+            self._encode_shielded(text, add_special) if SHIELD in text else encoding.ids
+            for text, encoding in zip(texts, encodings, strict=True)
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=True)
@@ -109,9 +201,19 @@ class Tokenizer:
     def decode_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
         return self._tokenizer.decode_batch([list(i) for i in ids], skip_special_tokens=True)
 
-    def control_tokens(self) -> list[str]:
-        """Spellings of the tokenizer's special tokens."""
-        return sorted((t.content for t in self._tokenizer.get_added_tokens_decoder().values() if t.special), key=len)
+    def spells_control(self, text: str) -> bool:
+        """Whether a control token is spelled in the text."""
+        return self._spelling.search(text) is not None
+
+    def shield(self, value: Any) -> Any:
+        """A value from data, with control tokens that its texts spell made unrecognizable at any depth."""
+        if isinstance(value, str):
+            return self._spelling.sub(lambda match: self._codes[match[0]], value)
+        if isinstance(value, list):
+            return [self.shield(item) for item in value]
+        if isinstance(value, dict):
+            return {name: self.shield(item) for name, item in value.items()}
+        return value
 
     def chat(self, template: str | None = None) -> ChatTemplate:
         """Raises ConfigError when neither the task nor the checkpoint has a chat template."""
@@ -123,16 +225,45 @@ class Tokenizer:
             )
         return ChatTemplate(text, self)
 
+    @functools.cached_property
+    def _codes(self) -> dict[str, str]:
+        """Spelling -> what stands for it in shielded text."""
+        added = self._tokenizer.get_added_tokens_decoder().values()
+        spellings = [SHIELD, *sorted({token.content for token in added if token.special} - {""})]
+        return {text: SHIELD + chr(ord(SHIELD) + 1 + i) for i, text in enumerate(spellings)}
+
+    @functools.cached_property
+    def _spelling(self) -> re.Pattern[str]:
+        return re.compile("|".join(re.escape(text) for text in sorted(self._codes, key=len, reverse=True)))
+
+    @functools.cached_property
+    def _meant(self) -> FastTokenizer:
+        """A copy that recognizes control tokens: the switch belongs to the tokenizer, not to a call."""
+        copy = FastTokenizer.from_str(self._tokenizer.to_str())
+        copy.encode_special_tokens = False
+        return copy
+
+    def _encode_shielded(self, text: str, add_special: bool) -> list[int]:
+        spelled = {code: text for text, code in self._codes.items()}
+        pieces = []
+        for piece in re.split(f"({'|'.join(map(re.escape, spelled))})", text):
+            if piece in spelled:
+                pieces.append(self._tokenizer.encode(spelled[piece], add_special_tokens=False))
+            elif piece:
+                pieces.append(self._meant.encode(piece, add_special_tokens=False))
+        return list(self._meant.post_process(Encoding.merge(pieces, True), None, add_special).ids)
+
 
 class ChatTemplate:
     """Messages to text as transformers' apply_chat_template makes it."""
 
     def __init__(self, text: str, tokenizer: Tokenizer) -> None:
+        """Raises ConfigError for bad syntax."""
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
         )
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        environment.globals["raise_exception"] = _raise_exception
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
         try:
             self._template = environment.from_string(text)
@@ -140,30 +271,55 @@ class ChatTemplate:
             raise ConfigError(
                 f"chat template: {error.message} in line {error.lineno}; expected a Jinja template; correct it"
             ) from None
-        self._tokens = {k: _content(v) for k, v in tokenizer.config.items() if k.endswith("_token") and v}
-        spellings = [re.escape(t) for t in reversed(tokenizer.control_tokens())]
-        self._control = re.compile("|".join(spellings)) if spellings else None
+        named = {name: _content(token) for name, token in tokenizer.config.items() if name.endswith("_token")}
+        self._tokens = {name: token for name, token in named.items() if isinstance(token, str)}
+        self._shield = tokenizer.shield
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str | RowError:
-        """The prompt for the next message. A control token spelled in a message's content is broken up, so that it
-        stays text: a word joiner (U+2060) goes behind its first character."""
+    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str | RowError:
+        """The prompt for the next message, for `encode_rendered`: control tokens that messages spell are shielded.
+
+        variables: more of what the template reads.
+        """
+        safe = [self._shield(dict(message)) for message in messages]
+        known = {"tools": None, "documents": None, "add_generation_prompt": True, **self._tokens, **variables}
         try:
-            safe = [{k: self._text(v) for k, v in message.items() if v is not None} for message in messages]
-            pieces = self._template.generate(messages=safe, add_generation_prompt=True, **self._tokens)
-            return "".join(_limited(pieces))
+            return "".join(_limited(self._template.generate(messages=safe, **known), "chat template"))
         except RowError as error:
             return error
+        except _Refused as error:
+            said = f"the chat template says {str(error)!r}"
+            return RowError(BAD_MESSAGES, f"messages: {said}; expected what it takes; correct the row")
         except Exception as error:  # a template may raise anything
-            return RowError("template_error", f"chat template: {type(error).__name__}: {error}")
-
-    def _text(self, value: Any) -> Any:
-        if isinstance(value, str) and self._control is not None:
-            return self._control.sub(lambda m: m[0][0] + "\u2060" + m[0][1:], value)
-        return value
+            return _failed("chat template", error)
 
 
-def _raise_exception(message: str) -> None:
-    raise jinja2.TemplateError(message)
+class _Refused(Exception):
+    """A chat template's raise_exception."""
+
+
+def _refuse(message: str) -> None:
+    raise _Refused(message)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """The filter as chat templates know it: unlike Jinja's own it escapes no HTML and keeps letters beyond ASCII."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+class _Generation(ext.Extension):
+    """The block `generation`, by which templates mark the model's own words for training: its body, as it is."""
+
+    tags = {"generation"}  # noqa: RUF012 -- jinja2 declares it so
+
+    def parse(self, parser: parser.Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 def _content(token: Any) -> Any:

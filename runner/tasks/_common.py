@@ -12,8 +12,9 @@ import xxhash
 from engines.api import Kind, Outcome, Request, SamplingParams
 from runner.chunk import ERROR_COLUMN, ROW_COLUMN
 from runner.config import JobConfig
-from runner.errors import RowError
-from runner.schema import out_of_bounds
+from runner.errors import BAD_SAMPLING, EMPTY_INPUT, TOO_LONG, UNREADABLE_ROW, RowError
+from runner.prompt import Template, Tokenizer
+from runner.schema import Key, arguments, keys
 
 Prompt = list[int] | RowError
 Result = Sequence[Outcome] | RowError
@@ -40,6 +41,7 @@ class Requests:
         self.samples = job.samples
         self.columns = sorted(set(job.sampling_columns.values()))
         self._overrides = job.sampling_columns
+        self._keys = [key for key in keys(SamplingParams) if key.name in self._overrides]
         names = [f.name for f in fields(SamplingParams)]
         self._sampling = SamplingParams(**{name: getattr(job.sampling, name) for name in names})
 
@@ -75,32 +77,115 @@ class Requests:
         return made
 
     def _per_row(self, batch: pa.RecordBatch) -> list[SamplingParams | RowError]:
-        columns = {name: batch.column(column).to_pylist() for name, column in self._overrides.items()}
-        return [self._merged({k: v[i] for k, v in columns.items() if v[i] is not None}) for i in range(batch.num_rows)]
+        """Equal ones are one object."""
+        columns = [batch.column(self._overrides[key.name]).to_pylist() for key in self._keys]
+        made: dict[str, SamplingParams | RowError] = {}
+        found = []
+        for values in zip(*columns, strict=True):
+            name = repr(values)  # tells 1 from True, and lists may be in it
+            if name not in made:
+                made[name] = self._merged(values)
+            found.append(made[name])
+        return found
 
-    def _merged(self, values: dict[str, Any]) -> SamplingParams | RowError:
-        if not values:
-            return self._sampling
-        for name, value in values.items():
-            default = getattr(self._sampling, name)
-            if name in ("stop", "stop_token_ids"):
-                values[name] = tuple(value) if isinstance(value, list) else (value,)
-            elif isinstance(default, float) and isinstance(value, int):
-                values[name] = float(value)
-            elif default is not None and not isinstance(value, type(default)):
-                return RowError("bad_sampling", f"{self._overrides[name]}: {value!r} is no {type(default).__name__}")
-        merged = replace(self._sampling, **values)
-        wrong = out_of_bounds(merged, "sampling")
-        return RowError("bad_sampling", "; ".join(wrong)) if wrong else merged
+    def _merged(self, values: Sequence[Any]) -> SamplingParams | RowError:
+        given = {key.name: _plain(key, v) for key, v in zip(self._keys, values, strict=True) if v is not None}
+        findings: list[str] = []
+        changed = arguments([key for key in self._keys if key.name in given], given, "sampling", findings)
+        if findings:
+            return RowError(BAD_SAMPLING, "\n".join(findings))
+        merged = replace(self._sampling, **changed)
+        if merged.max_tokens is not None and merged.min_tokens > merged.max_tokens:
+            return RowError(
+                BAD_SAMPLING,
+                f"sampling.min_tokens: {merged.min_tokens}; expected at most sampling.max_tokens, which is "
+                f"{merged.max_tokens}; correct the row",
+            )
+        return merged
 
 
-def fit(ids: list[int], limit: int, on_too_long: str) -> tuple[Prompt, bool]:
-    """(prompt within the limit, whether it was cut)"""
-    if len(ids) <= limit:
-        return ids, False
-    if on_too_long == "error":
-        return RowError("too_long", f"the prompt has {len(ids)} tokens; the model takes at most {limit}"), False
-    return (ids[-limit:] if on_too_long == "truncate_left" else ids[:limit]), True
+def _plain(key: Key, value: Any) -> Any:
+    """What YAML would have: columns with nulls often hold integers as floats, and one stop text is a list of one."""
+    if isinstance(value, float) and value.is_integer() and key.hint not in (float, float | None):
+        return int(value)
+    return value if isinstance(value, list) or key.name not in ("stop", "stop_token_ids") else [value]
+
+
+class Input:
+    """A template over the columns of a row, and the token ids of what it gives.
+
+    Control tokens that the template itself spells are control tokens; those that data spells are text.
+    """
+
+    def __init__(self, text: str, key: str, tokenizer: Tokenizer, add_special: bool = True) -> None:
+        self._template = Template(text, key)
+        self._tokenizer, self._add_special = tokenizer, add_special
+        self._controls = tokenizer.spells_control(text)
+        self.columns = self._template.columns
+
+    def encode(self, batch: pa.RecordBatch) -> list[Prompt]:
+        if self._controls:
+            texts = self._template.render(batch, self._tokenizer.shield)
+            return encoded(texts, batch, lambda sound: self._tokenizer.encode_rendered(sound, self._add_special))
+        texts = self._template.render(batch)
+        return encoded(texts, batch, lambda sound: self._tokenizer.encode(sound, self._add_special))
+
+
+def encoded(
+    texts: Sequence[str | RowError], batch: pa.RecordBatch, encode: Callable[[list[str]], list[list[int]]]
+) -> list[Prompt]:
+    """Token ids of the texts of sound rows, in one call of `encode`; errors stay in their places."""
+    rows: list[str | RowError] = [
+        text if why is None else RowError(UNREADABLE_ROW, why)
+        for text, why in zip(texts, unreadable(batch), strict=True)
+    ]
+    ids = iter(encode([row for row in rows if isinstance(row, str)]))
+    return [next(ids) if isinstance(row, str) else row for row in rows]
+
+
+class Limit:
+    """What becomes of prompts of more than `most` tokens: an error of the row, or the text is cut on one side.
+
+    The tokens that the tokenizer puts around a text stay. Remembers which requests were cut until that is asked for.
+    """
+
+    def __init__(self, most: int, key: str, on_too_long: str = "error", around: tuple[int, int] = (0, 0)) -> None:
+        """key: what is too long, for messages. around: tokens at both ends that stay."""
+        self._most = max(most, sum(around))
+        self._key, self._on_too_long, self._around = key, on_too_long, around
+        self._cut: set[int] = set()
+
+    def fit(self, prompt: Prompt, request_id: int) -> Prompt:
+        if isinstance(prompt, RowError):
+            return prompt
+        if not prompt:
+            return RowError(EMPTY_INPUT, f"{self._key}: no tokens; expected some text; filter such rows")
+        if len(prompt) <= self._most:
+            return prompt
+        if self._on_too_long == "error":
+            return too_long(self._key, len(prompt), self._most)
+        self._cut.add(request_id)
+        before, behind = self._around
+        end = len(prompt) - behind
+        excess = len(prompt) - self._most
+        if self._on_too_long == "truncate_left":
+            return prompt[:before] + prompt[before + excess :]
+        return prompt[: end - excess] + prompt[end:]
+
+    def was_cut(self, request_id: int) -> bool:
+        """Forgets it, too: each request has one outcome."""
+        cut = request_id in self._cut
+        self._cut.discard(request_id)
+        return cut
+
+
+ON_TOO_LONG = ("error", "truncate_left", "truncate_right")
+
+
+def too_long(key: str, found: int, most: int) -> RowError:
+    return RowError(
+        TOO_LONG, f"{key}: {found} tokens; expected at most {most}, as the model takes; shorten or filter such rows"
+    )
 
 
 Row = Sequence[Outcome] | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,9 +11,9 @@ import pyarrow as pa
 from engines.api import Kind
 from engines.checkpoint import Checkpoint
 from runner.config import JobConfig, TaskConfig
-from runner.errors import ConfigError, RowError
+from runner.errors import BAD_MESSAGES, NULL_INPUT, ConfigError, RowError
 from runner.prompt import Template, Tokenizer
-from runner.tasks._common import Prompt, unreadable
+from runner.tasks._common import Limit, Prompt, encoded
 from runner.tasks.generate import Generate
 
 KIND: Kind = "generate"
@@ -27,11 +28,11 @@ class Config(TaskConfig):
     system: str | None = None
     """Jinja template over the columns of a row, for the system message; null: none."""
     user: str | None = None
-    """Jinja template over the columns of a row, for the user's message."""
+    """Jinja template over the columns of a row, for the user's message; not used when `messages` is set."""
     template: str | None = None
     """Chat template to use instead of the checkpoint's."""
-    on_too_long: str = field(default="error", metadata={"choices": ("error", "truncate_left", "truncate_right")})
-    """A prompt longer than the context: an error of its row, or cut on that side, with input_truncated set."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """More variables of the chat template, as in {enable_thinking: false}."""
 
 
 def build(job: JobConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, max_model_len: int) -> Generate:
@@ -45,25 +46,27 @@ def build(job: JobConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, max_mode
     ]
     if config.messages is None and config.user is None:
         raise ConfigError("task.user: null, and task.messages too; expected one of them; say where the message is")
+    if config.messages is not None and config.system is not None:
+        raise ConfigError(
+            "task.system: set together with task.messages; expected one of them; put the system message first in the "
+            "messages, or remove task.messages"
+        )
     columns = [config.messages] if config.messages else [c for _, template in parts for c in template.columns]
 
-    def conversations(batch: pa.RecordBatch) -> list[Any]:
+    def conversations(batch: pa.RecordBatch) -> list[list[dict[str, Any]] | RowError]:
         if config.messages:
             return [_checked(value, config.messages) for value in batch.column(config.messages).to_pylist()]
         texts = [(role, template.render(batch)) for role, template in parts]
         return [_conversation([(role, column[i]) for role, column in texts]) for i in range(batch.num_rows)]
 
-    def prompts(batch: pa.RecordBatch) -> list[Prompt]:
-        found: list[Prompt | str] = []
-        for messages, why in zip(conversations(batch), unreadable(batch), strict=True):
-            if why is not None:
-                found.append(RowError("unreadable_row", why))
-            else:
-                found.append(messages if isinstance(messages, RowError) else chat.render(messages))
-        ids = iter(tokenizer.encode_rendered([text for text in found if isinstance(text, str)]))
-        return [next(ids) if isinstance(text, str) else text for text in found]
+    def rendered(messages: list[dict[str, Any]] | RowError) -> str | RowError:
+        return messages if isinstance(messages, RowError) else chat.render(messages, **config.template_kwargs)
 
-    return Generate(job, tokenizer, max_model_len - 1, columns, prompts, config.on_too_long)
+    def prompts(batch: pa.RecordBatch) -> list[Prompt]:
+        return encoded([rendered(messages) for messages in conversations(batch)], batch, tokenizer.encode_rendered)
+
+    limit = Limit(max_model_len - 1, "messages")
+    return Generate(job, tokenizer, limit, columns, prompts)
 
 
 def _conversation(texts: list[tuple[str, str | RowError]]) -> list[dict[str, str]] | RowError:
@@ -75,7 +78,23 @@ def _conversation(texts: list[tuple[str, str | RowError]]) -> list[dict[str, str
 
 def _checked(value: Any, column: str) -> list[dict[str, Any]] | RowError:
     if value is None:
-        return RowError("null_input", f"{column}: null; expected a list of messages; filter such rows")
-    if not isinstance(value, list) or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in value):
-        return RowError("bad_messages", f"{column}: expected a list of {{role, content}}; correct the row")
-    return value
+        return RowError(NULL_INPUT, f"{column}: null; expected a list of messages; filter such rows")
+    try:
+        messages = json.loads(value) if isinstance(value, str) else value
+        if not isinstance(messages, list) or not messages:
+            raise ValueError(f"{str(value)[:60]!r} is no list of messages")
+        return [_message(message) for message in messages]
+    except ValueError as error:
+        return RowError(BAD_MESSAGES, f"{column}: {error}; expected a list of {{role, content}}; correct the row")
+
+
+def _message(value: Any) -> dict[str, Any]:
+    """A message as chat templates take it: without keys that are null, which a table gives to every message."""
+    if not isinstance(value, dict) or not isinstance(value.get("role"), str):
+        raise ValueError(f"{str(value)[:60]} has no role")
+    message = {name: item for name, item in value.items() if item is not None}
+    if "content" not in message and "tool_calls" in message:
+        return {**message, "content": None}
+    if not isinstance(message.get("content"), (str, list)):
+        raise ValueError(f"{str(value)[:60]} has no content that is text")
+    return message

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from engines.api import Kind, Outcome
+from engines.api import Kind, Outcome, bounded
 from engines.checkpoint import Checkpoint
 from runner.config import JobConfig, TaskConfig
+from runner.errors import ConfigError, InputError
 from runner.prompt import Tokenizer
-from runner.tasks._common import Result, column, good
+from runner.tasks._common import ON_TOO_LONG, Input, Limit, Result, column, good
 from runner.tasks.embed import COUNTS, TextTask
 
 KIND: Kind = "classify"
@@ -24,14 +25,17 @@ class Config(TaskConfig):
 
     text: str
     """Jinja template over the columns of a row."""
+    on_too_long: str = bounded("truncate_right", choices=ON_TOO_LONG)
+    """A text longer than the model takes: an error of its row, or cut on that side, with input_truncated set."""
 
 
 class Classify(TextTask):
-    def __init__(
-        self, job: JobConfig, tokenizer: Tokenizer, limit: int, text: str, labels: Sequence[str], several: bool
-    ) -> None:
-        """several: labels do not exclude each other (sigmoid instead of softmax)."""
-        super().__init__(job, tokenizer, limit, text, KIND)
+    """Labels that exclude each other have probabilities that add up to 1 (softmax); each of the others, and a model's
+    only label, has one of its own (sigmoid)."""
+
+    def __init__(self, job: JobConfig, text: Input, limit: Limit, labels: Sequence[str], several: bool) -> None:
+        """several: labels do not exclude each other."""
+        super().__init__(job, text, limit, KIND)
         self._labels = labels
         self._several = several
         self._probabilities = pa.struct([(label, pa.float32()) for label in labels])
@@ -64,8 +68,25 @@ class Classify(TextTask):
 def build(job: JobConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, max_model_len: int) -> Classify:
     config = job.task
     assert isinstance(config, Config)
+    labels = _labels(checkpoint)
+    problem = checkpoint.config.get("problem_type")
+    if problem == "regression":
+        raise ConfigError(
+            f"task classify: {checkpoint.path} is a regression model, whose outputs are no labels; expected a "
+            "classifier; choose another model"
+        )
+    limit = Limit(max_model_len, "task.text", config.on_too_long, tokenizer.around)
+    several = problem == "multi_label_classification" or len(labels) == 1
+    return Classify(job, Input(config.text, "task.text", tokenizer), limit, labels, several)
+
+
+def _labels(checkpoint: Checkpoint) -> list[str]:
+    """Names of the model's labels in order; LABEL_0, LABEL_1 ... where config.json has none, as in transformers."""
     names = checkpoint.config.get("id2label") or {}
-    count = len(names) or int(checkpoint.config.get("num_labels", 2))
+    count = len(names) or int(checkpoint.config.get("num_labels") or 2)
     labels = [str(names.get(str(i), f"LABEL_{i}")) for i in range(count)]
-    several = checkpoint.config.get("problem_type") == "multi_label_classification"
-    return Classify(job, tokenizer, max_model_len, config.text, labels, several)
+    if len({*labels}) != count:
+        raise InputError(
+            f"{checkpoint.path}/config.json: id2label has a name twice; expected {count} different ones; correct it"
+        )
+    return labels

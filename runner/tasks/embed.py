@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pyarrow as pa
 
-from engines.api import Kind
+from engines.api import Kind, bounded
 from engines.checkpoint import Checkpoint
 from runner.config import JobConfig, TaskConfig
-from runner.errors import RowError
-from runner.prompt import Template, Tokenizer
+from runner.errors import InputError
+from runner.prompt import Tokenizer
 from runner.tasks import RowRequests
-from runner.tasks._common import Prompt, Requests, Result, Row, column, good, unreadable
-from runner.tasks.generate import encoded
+from runner.tasks._common import ON_TOO_LONG, Input, Limit, Requests, Result, Row, column, good
 
 KIND: Kind = "embed"
 
@@ -25,52 +24,43 @@ class Config(TaskConfig):
 
     text: str
     """Jinja template over the columns of a row. Some models want a prefix: "query: {{ text }}"."""
-    pooling: str | None = field(default=None, metadata={"choices": ("cls", "mean", "max", "last")})
+    pooling: str | None = bounded(None, choices=("cls", "mean", "max", "last"))
     """How hidden states become one vector; null: as the checkpoint's sentence-transformers files say."""
     normalize: bool | None = None
     """Scale vectors to length 1; null: as the checkpoint's sentence-transformers files say."""
+    on_too_long: str = bounded("truncate_right", choices=ON_TOO_LONG)
+    """A text longer than the model takes: an error of its row, or cut on that side, with input_truncated set."""
 
 
 class TextTask:
-    """One request for each row's text; a text that is too long is cut at its end, with input_truncated set."""
+    """One request for each row's text."""
 
     kind: Kind
 
-    def __init__(self, job: JobConfig, tokenizer: Tokenizer, limit: int, text: str, kind: Kind) -> None:
+    def __init__(self, job: JobConfig, text: Input, limit: Limit, kind: Kind) -> None:
         self.kind = kind
-        self._template = Template(text, "task.text")
-        self._tokenizer = tokenizer
-        self._limit = limit
+        self._text, self._limit = text, limit
         self._requests = Requests(job, kind)
-        self._truncated: set[int] = set()
-        self.columns = self._template.columns
+        self.columns = text.columns
 
     def requests(self, batch: pa.RecordBatch, file: str, first_id: int) -> list[RowRequests]:
-        prompts = encoded(self._tokenizer, self._template.render(batch), unreadable(batch), True)
-        return self._requests.make(batch, file, first_id, [self._cut(p, first_id + i) for i, p in enumerate(prompts)])
-
-    def _cut(self, prompt: Prompt, request_id: int) -> Prompt:
-        """Tokens that end a text, [SEP] or the like, stay at its end."""
-        if isinstance(prompt, RowError) or len(prompt) <= self._limit:
-            return prompt
-        self._truncated.add(request_id)
-        end = self._tokenizer.encode([""], True)[0]
-        last = end[-1:] if len(end) > 1 and prompt[-1] == end[-1] else []
-        return prompt[: self._limit - len(last)] + last
+        prompts = [self._limit.fit(prompt, first_id + i) for i, prompt in enumerate(self._text.encode(batch))]
+        return self._requests.make(batch, file, first_id, prompts)
 
     def counts(self, rows: Sequence[Row]) -> list[pa.Array]:
         """num_prompt_tokens and input_truncated."""
-        flags = [None if row is None else row[0].request_id in self._truncated for row in rows]
-        self._truncated.difference_update(row[0].request_id for row in rows if row is not None)
-        return [column(rows, pa.int32(), 1, lambda o: o.num_prompt_tokens), pa.array(flags, pa.bool_())]
+        return [
+            column(rows, pa.int32(), 1, lambda o: o.num_prompt_tokens),
+            column(rows, pa.bool_(), 1, lambda o: self._limit.was_cut(o.request_id)),
+        ]
 
 
 COUNTS = [("num_prompt_tokens", pa.int32()), ("input_truncated", pa.bool_())]
 
 
 class Embed(TextTask):
-    def __init__(self, job: JobConfig, tokenizer: Tokenizer, limit: int, text: str, size: int) -> None:
-        super().__init__(job, tokenizer, limit, text, KIND)
+    def __init__(self, job: JobConfig, text: Input, limit: Limit, size: int) -> None:
+        super().__init__(job, text, limit, KIND)
         self._vector = pa.list_(pa.float32(), size)
         self.schema = pa.schema([("embedding", self._vector), *COUNTS])
 
@@ -83,6 +73,15 @@ class Embed(TextTask):
 def build(job: JobConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, max_model_len: int) -> Embed:
     config = job.task
     assert isinstance(config, Config)
-    text_config = checkpoint.config.get("text_config", checkpoint.config)
-    size = next(text_config[key] for key in ("hidden_size", "n_embd", "d_model") if key in text_config)
-    return Embed(job, tokenizer, max_model_len, config.text, size)
+    limit = Limit(max_model_len, "task.text", config.on_too_long, tokenizer.around)
+    return Embed(job, Input(config.text, "task.text", tokenizer), limit, _size(checkpoint))
+
+
+def _size(checkpoint: Checkpoint) -> int:
+    """Length of the hidden states."""
+    inner = checkpoint.config.get("text_config")
+    for config in (checkpoint.config, inner if isinstance(inner, dict) else {}):
+        for name in ("hidden_size", "n_embd", "d_model", "dim"):
+            if isinstance(size := config.get(name), int):
+                return size
+    raise InputError(f"{checkpoint.path}/config.json: no hidden_size; expected the length of a vector; add it")

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pyarrow as pa
 
-from engines.api import Kind, Outcome
+from engines.api import Kind, Outcome, bounded
 from engines.checkpoint import Checkpoint
 from runner.config import JobConfig, TaskConfig
-from runner.errors import RowError
-from runner.prompt import Template, Tokenizer
+from runner.prompt import Tokenizer
 from runner.tasks import RowRequests
-from runner.tasks._common import Prompt, Requests, Result, Row, column, fit, good, unreadable
+from runner.tasks._common import ON_TOO_LONG, Input, Limit, Prompt, Requests, Result, Row, column, good
 
 KIND: Kind = "generate"
 
@@ -23,11 +22,12 @@ class Config(TaskConfig):
     """Text that continues a prompt."""
 
     prompt: str
-    """Jinja template over the columns of a row."""
+    """Jinja template over the columns of a row; `row["any name"]` for columns whose names are no Jinja names."""
     add_special_tokens: bool = True
     """Begin with the tokens that the checkpoint's tokenizer puts before a text (beginning-of-sequence)."""
-    on_too_long: str = field(default="error", metadata={"choices": ("error", "truncate_left", "truncate_right")})
-    """A prompt longer than the context: an error of its row, or cut on that side, with input_truncated set."""
+    on_too_long: str = bounded("error", choices=ON_TOO_LONG)
+    """A prompt longer than the context: an error of its row, or cut on that side to make room for
+    sampling.max_tokens, with input_truncated set."""
 
 
 class Generate:
@@ -39,22 +39,18 @@ class Generate:
         self,
         job: JobConfig,
         tokenizer: Tokenizer,
-        limit: int,
+        limit: Limit,
         columns: Sequence[str],
         prompts: Callable[[pa.RecordBatch], list[Prompt]],
-        on_too_long: str,
     ) -> None:
-        """limit: most tokens in a prompt."""
         self._tokenizer = tokenizer
         self._limit = limit
         self._prompts = prompts
-        self._on_too_long = on_too_long
         self._requests = Requests(job, KIND)
         self._samples = job.samples
         self._min_tokens = job.sampling.min_tokens
         self._token_ids = job.output.token_ids
-        self._logprobs = job.sampling.logprobs is not None
-        self._truncated: dict[int, bool] = {}
+        self._logprobs = job.sampling.logprobs is not None or "logprobs" in job.sampling_columns
         self.columns = sorted({*columns, *self._requests.columns})
         self.schema = self._schema()
 
@@ -76,14 +72,7 @@ class Generate:
         return pa.schema(columns)
 
     def requests(self, batch: pa.RecordBatch, file: str, first_id: int) -> list[RowRequests]:
-        prompts: list[Prompt] = []
-        for i, prompt in enumerate(self._prompts(batch)):
-            cut = False
-            if not isinstance(prompt, RowError):
-                prompt, cut = fit(prompt, self._limit, self._on_too_long)
-            if cut:
-                self._truncated[first_id + i * self._samples] = True
-            prompts.append(prompt)
+        prompts = [self._limit.fit(p, first_id + i * self._samples) for i, p in enumerate(self._prompts(batch))]
         return self._requests.make(batch, file, first_id, prompts)
 
     def outputs(self, results: Sequence[Result]) -> pa.RecordBatch:
@@ -97,7 +86,7 @@ class Generate:
             column(rows, pa.string(), samples, lambda o: o.finish_reason),
             column(rows, pa.int32(), 1, lambda o: o.num_prompt_tokens),
             column(rows, pa.int32(), samples, lambda o: len(o.token_ids)),
-            column(rows, pa.bool_(), 1, lambda o: self._truncated.pop(o.request_id, False)),
+            column(rows, pa.bool_(), 1, lambda o: self._limit.was_cut(o.request_id)),
         ]
         if self._logprobs:
             columns.append(column(rows, LOGPROBS, samples, _logprobs))
@@ -122,41 +111,34 @@ class Generate:
 
 LOGPROBS = pa.list_(
     pa.struct(
-        [("logprob", pa.float32()), ("top_token_ids", pa.list_(pa.int32())), ("top_logprobs", pa.list_(pa.float32()))]
+        [
+            ("token_id", pa.int32()),
+            ("logprob", pa.float32()),
+            ("top_token_ids", pa.list_(pa.int32())),
+            ("top_logprobs", pa.list_(pa.float32())),
+        ]
     )
 )
 
 
-def _logprobs(outcome: Outcome) -> list[dict[str, object]]:
+def _logprobs(outcome: Outcome) -> list[dict[str, object]] | None:
+    """Null where a row of `sampling.columns` asked for none."""
+    if outcome.logprobs is None:
+        return None
     return [
-        {"logprob": t.logprob, "top_token_ids": t.top_ids, "top_logprobs": t.top_logprobs}
-        for t in outcome.logprobs or ()
+        {"token_id": token, "logprob": t.logprob, "top_token_ids": t.top_ids, "top_logprobs": t.top_logprobs}
+        for token, t in zip(outcome.token_ids, outcome.logprobs, strict=False)
     ]
-
-
-def encoded(
-    tokenizer: Tokenizer, texts: Sequence[str | RowError], bad: Sequence[str | None], special: bool
-) -> list[Prompt]:
-    """Token ids of the texts of sound rows."""
-    rows = [i for i, text in enumerate(texts) if bad[i] is None and isinstance(text, str)]
-    ids = iter(tokenizer.encode([str(texts[i]) for i in rows], special))
-    found: list[Prompt] = []
-    for text, why in zip(texts, bad, strict=True):
-        if why is not None:
-            found.append(RowError("unreadable_row", why))
-        elif isinstance(text, RowError):
-            found.append(text)
-        else:
-            found.append(next(ids))
-    return found
 
 
 def build(job: JobConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, max_model_len: int) -> Generate:
     config = job.task
     assert isinstance(config, Config)
-    template = Template(config.prompt, "task.prompt")
-
-    def prompts(batch: pa.RecordBatch) -> list[Prompt]:
-        return encoded(tokenizer, template.render(batch), unreadable(batch), config.add_special_tokens)
-
-    return Generate(job, tokenizer, max_model_len - 1, template.columns, prompts, config.on_too_long)
+    prompt = Input(config.prompt, "task.prompt", tokenizer, config.add_special_tokens)
+    output = 1
+    around = (0, 0)
+    if config.on_too_long != "error":  # what is cut anyway makes room for the output, but keeps at least half
+        output = max(min(job.sampling.max_tokens or 1, max_model_len // 2), 1)
+        around = tokenizer.around if config.add_special_tokens else around
+    limit = Limit(max_model_len - output, "task.prompt", config.on_too_long, around)
+    return Generate(job, tokenizer, limit, prompt.columns, prompt.encode)

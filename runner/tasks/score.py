@@ -11,11 +11,10 @@ import pyarrow as pa
 from engines.api import Kind, Outcome
 from engines.checkpoint import Checkpoint
 from runner.config import JobConfig, TaskConfig
-from runner.errors import RowError
-from runner.prompt import Template, Tokenizer
+from runner.errors import EMPTY_INPUT, RowError
+from runner.prompt import Tokenizer
 from runner.tasks import RowRequests
-from runner.tasks._common import Prompt, Requests, Result, column, good, unreadable
-from runner.tasks.generate import encoded
+from runner.tasks._common import Input, Prompt, Requests, Result, column, good, too_long
 
 KIND: Kind = "score"
 
@@ -39,10 +38,10 @@ class Score:
     kind: Kind = KIND
 
     def __init__(self, job: JobConfig, tokenizer: Tokenizer, limit: int, config: Config) -> None:
-        self._tokenizer = tokenizer
         self._limit = limit
-        self._prompt = Template(config.prompt, "task.prompt")
-        self._continuation = Template(config.continuation, "task.continuation")
+        self._behind = tokenizer.around[1]
+        self._prompt = Input(config.prompt, "task.prompt", tokenizer)
+        self._continuation = Input(config.continuation, "task.continuation", tokenizer, add_special=False)
         self._requests = Requests(job, KIND)
         self.columns = sorted({*self._prompt.columns, *self._continuation.columns})
         self.schema = pa.schema(
@@ -57,12 +56,9 @@ class Score:
         )
 
     def requests(self, batch: pa.RecordBatch, file: str, first_id: int) -> list[RowRequests]:
-        bad = unreadable(batch)
-        before = encoded(self._tokenizer, self._prompt.render(batch), bad, True)
-        after = encoded(self._tokenizer, self._continuation.render(batch), bad, False)
         prompts: list[Prompt] = []
         starts: list[int] = []
-        for context, text in zip(before, after, strict=True):
+        for context, text in zip(self._prompt.encode(batch), self._continuation.encode(batch), strict=True):
             prompt, start = self._joined(context, text)
             prompts.append(prompt)
             starts.append(start)
@@ -73,11 +69,14 @@ class Score:
             return context, 0
         if isinstance(text, RowError):
             return text, 0
+        context = context[: len(context) - self._behind]  # what ends a text does not stand in the middle of one
         ids, start = context + text, max(len(context), 1)
         if start >= len(ids):
-            return RowError("empty_continuation", "the continuation has no tokens to score; filter such rows"), 0
+            return RowError(
+                EMPTY_INPUT, "task.continuation: no token to score; expected some text; filter such rows"
+            ), 0
         if len(ids) > self._limit:
-            return RowError("too_long", f"the text has {len(ids)} tokens; the model takes at most {self._limit}"), 0
+            return too_long("task.prompt with task.continuation", len(ids), self._limit), 0
         return ids, start
 
     def outputs(self, results: Sequence[Result]) -> pa.RecordBatch:

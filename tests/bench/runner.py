@@ -54,6 +54,9 @@ class NoTokenizer:
     def encode(self, texts: list[str], add_special: bool = True) -> list[list[int]]:
         return [[1]] * len(texts)
 
+    def spells_control(self, text: str) -> bool:
+        return False
+
     def decode(self, ids: Sequence[int]) -> str:
         return "answer"
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from engines import discover
-from engines.api import ErrorInfo, Outcome, Request, SamplingParams
+from engines.api import ErrorInfo, Outcome, Request, SamplingParams, TokenLogprobs
 from engines.checkpoint import Checkpoint, open_checkpoint
 from runner.chunk import ERROR_COLUMN, ROW_COLUMN
 from runner.config import DatasetConfig, JobConfig, ModelConfig, resolve_path
@@ -154,8 +154,109 @@ def test_a_model_without_chat_template_is_refused(checkpoint: Checkpoint, tokeni
 def test_score_begins_where_the_continuation_does(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
     task = build_task(make_job("score"), checkpoint, tokenizer, 64)
     request = task.requests(rows(["a day"]), "f", 0)[0][0]  # type: ignore[index]
-    assert request.score_from == len(tokenizer.encode(["Is it"])[0])
+    before = tokenizer.encode(["Is it"])[0][:-1]  # [SEP] ends a text and is not put into the middle of one
+    assert list(request.token_ids[: request.score_from]) == before
     assert list(request.token_ids[request.score_from :]) == tokenizer.encode([" a day"], False)[0]
+
+
+@pytest.mark.parametrize("side", ["truncate_left", "truncate_right"])
+def test_prompts_are_cut_inside_the_tokens_around_them(side: str, checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    sampling = SamplingParams(max_tokens=24)
+    job = make_job("generate", task={"on_too_long": side, "prompt": "{{ text }}"}, sampling=sampling)
+    task = build_task(job, checkpoint, tokenizer, 64)
+    made = task.requests(rows(["a " * 100 + "day", "a day"]), "f", 0)
+    cut = list(made[0][0].token_ids)  # type: ignore[index]
+    a, day = tokenizer.encode(["a day"], False)[0]
+    assert cut == [101, *([a] * 37 + [day] if side == "truncate_left" else [a] * 38), 102]
+    batch = task.outputs([[answer(task, r) for r in m] for m in made])  # type: ignore[union-attr]
+    assert batch.column("input_truncated").to_pylist() == [True, False]
+
+
+def test_control_tokens_of_the_template_are_meant(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    config = {"prompt": "{{ text }} [MASK] {{ text }}", "add_special_tokens": False}
+    task = build_task(make_job("generate", task=config), checkpoint, tokenizer, 64)
+    ids = list(task.requests(rows(["[SEP] a [MASK]"]), "f", 0)[0][0].token_ids)  # type: ignore[index]
+    assert ids.count(103) == 1 and 102 not in ids
+    assert ids[: ids.index(103)] == tokenizer.encode(["[SEP] a [MASK]"], False)[0]
+
+
+@pytest.mark.parametrize(
+    "column, values, found",
+    [
+        ("max_tokens", [3.0, None, 2.5], [3, 256, "bad_sampling"]),
+        ("max_tokens", ["7", None, "x"], ["bad_sampling", 256, "bad_sampling"]),
+        ("ignore_eos", [True, False, None], [True, False, False]),
+        ("min_tokens", [4, 257, -1], [4, "bad_sampling", "bad_sampling"]),
+        ("logprobs", [0, None, 5], [0, None, 5]),
+        ("stop", ["a", None, ""], [("a",), (), ("",)]),
+    ],
+)
+def test_values_of_sampling_columns(
+    column: str, values: list[Any], found: list[Any], checkpoint: Checkpoint, tokenizer: Tokenizer
+) -> None:
+    task = build_task(make_job("generate", sampling_columns={column: "c"}), checkpoint, tokenizer, 64)
+    made = task.requests(rows(["a", "b", "c"], c=pa.array(values)), "f", 0)
+    assert [m.code if isinstance(m, RowError) else getattr(m[0].sampling, column) for m in made] == found
+
+
+def test_equal_sampling_is_shared(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    task = build_task(make_job("generate", sampling_columns={"top_k": "c"}), checkpoint, tokenizer, 64)
+    made = task.requests(rows(["a", "b", "c"], c=pa.array([5, 5, 6])), "f", 0)
+    first, second, third = (m[0].sampling for m in made)  # type: ignore[union-attr]
+    assert first is second and first != third
+
+
+def test_logprobs_name_their_tokens(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    task = build_task(make_job("generate", sampling=SamplingParams(logprobs=1)), checkpoint, tokenizer, 64)
+    logprobs = [TokenLogprobs(-0.5, [1037], [-0.5]), TokenLogprobs(-1.0, [7], [-0.25])]
+    batch = task.outputs([[Outcome(0, "length", [1037, 2154], logprobs=logprobs)]])
+    found = batch.column("logprobs")[0].as_py()
+    assert [(at["token_id"], at["logprob"], at["top_token_ids"]) for at in found] == [
+        (1037, -0.5, [1037]),
+        (2154, -1.0, [7]),
+    ]
+
+
+def test_classify_has_probabilities_of_labels(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    def probabilities(logits: list[float], **config: Any) -> tuple[str, dict[str, float]]:
+        names = {"id2label": {str(i): name for i, name in enumerate("abc"[: len(logits)])}}
+        task = build_task(
+            make_job("classify"), replace(checkpoint, config={**checkpoint.config, **names, **config}), tokenizer, 64
+        )
+        row = task.outputs([[Outcome(0, "stop", values=logits)]]).to_pylist()[0]
+        assert row["probability"] == row["probabilities"][row["label"]]
+        return row["label"], row["probabilities"]
+
+    label, one_of = probabilities([0.0, 2.0, -1000.0])
+    assert label == "b" and one_of == pytest.approx({"a": 0.1192029, "b": 0.8807971, "c": 0.0})
+    label, several = probabilities([0.0, 2.0], problem_type="multi_label_classification")
+    assert label == "b" and several == pytest.approx({"a": 0.5, "b": 0.8807971})
+    assert probabilities([0.0])[1] == {"a": 0.5}  # softmax would always say 1
+    with pytest.raises(ConfigError, match="regression"):
+        probabilities([0.0], problem_type="regression")
+
+
+@pytest.mark.parametrize(
+    "value, code",
+    [
+        ('[{"role": "user", "content": "a day"}]', None),
+        ("[]", "bad_messages"),
+        ("{", "bad_messages"),
+        ('"x"', "bad_messages"),
+    ],
+)
+def test_chat_reads_messages_as_json(
+    value: str, code: str | None, checkpoint: Checkpoint, tokenizer: Tokenizer
+) -> None:
+    task = build_task(make_job("chat", task={"messages": "m", "user": None}), checkpoint, tokenizer, 64)
+    (made,) = task.requests(rows([""], m=pa.array([value])), "f", 0)
+    assert (made.code if isinstance(made, RowError) else None) == code
+
+
+def test_an_empty_prompt_is_an_error_of_its_row(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    job = make_job("generate", task={"prompt": "{{ text }}", "add_special_tokens": False})
+    (made,) = build_task(job, checkpoint, tokenizer, 64).requests(rows([""]), "f", 0)
+    assert isinstance(made, RowError) and made.code == "empty_input"
 
 
 def test_tasks_need_no_torch(tmp_path: Path) -> None:
