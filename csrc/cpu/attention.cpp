@@ -6,7 +6,6 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
 #include <atomic>
@@ -16,6 +15,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "tensors.h"
 
 namespace cpu_ops {
 namespace {
@@ -30,15 +30,6 @@ Kernel kernel(Type type) {
   if (isa() == Isa::avx2) return avx2::attend;
 #endif
   return baseline::attend;
-}
-
-Type type_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float: return Type::f32;
-    case ScalarType::Half: return Type::f16;
-    case ScalarType::BFloat16: return Type::bf16;
-    default: STD_TORCH_CHECK(false, "q: expected float32, float16 or bfloat16");
-  }
 }
 
 const int32_t* int32s(const Tensor& tensor, const char* name, int64_t dim) {
@@ -196,7 +187,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& k, const Tensor& v, const 
   check_cache(q, v, "cache.v");
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   Call call{};
-  call.type = type_of(q);
+  call.type = type_of(q, "q");
   call.num_seqs = seq_lens.size(0);
   call.num_heads = q.size(1);
   call.num_kv_heads = k.size(1);
@@ -205,7 +196,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& k, const Tensor& v, const 
   call.group = call.num_heads / call.num_kv_heads;
   call.head_dim = q.size(2);
   call.block_size = k.size(2);
-  call.element = call.type == Type::f32 ? 4 : 2;
+  call.element = size_of(call.type);
   call.q_token_stride = q.stride(0);
   call.q_head_stride = q.stride(1);
   call.q = static_cast<const char*>(q.const_data_ptr());
@@ -256,7 +247,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& k, const Tensor& v, const 
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(cpu_ops, library) {
+STABLE_TORCH_LIBRARY_FRAGMENT(cpu_ops, library) {
   library.def(
       "paged_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor seq_lens, Tensor block_tables, "
       "Tensor? group_seqs, Tensor? groups, Tensor? sinks, float softmax_scale, int window_size, float softcap) -> "

@@ -73,12 +73,6 @@ template <Type type> inline Float load_wide(const char* from) {
 
 template <Type type> constexpr int kBytes = type == Type::f32 ? 4 : 2;
 
-inline uint16_t narrow_bf16(float x) {
-  const uint32_t u = bits<uint32_t>(x);
-  if (x != x) return 0x7fc0;
-  return static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
-}
-
 // To the nearest, ties to even.
 inline uint16_t narrow_f16(float x) {
   const uint32_t u = bits<uint32_t>(x), sign = (u >> 16) & 0x8000, a = u & 0x7fffffff;
@@ -91,20 +85,33 @@ inline uint16_t narrow_f16(float x) {
   return static_cast<uint16_t>(sign | ((a - 0x38000000 + 0xfff + ((a >> 13) & 1)) >> 13));
 }
 
-template <Type type> inline void store_row(void* to, const float* from, int D, float factor) {
-  int d = 0;
+// x in a 16-bit type, in the low halves of 32-bit lanes.
+template <Type type> inline Uint narrow(Float x) {
   if constexpr (type == Type::bf16) {
-    for (; d + W <= D; d += W) {
-      const Float x = load<Float>(from + d) * factor;
-      const Uint u = bits<Uint>(x), rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
-      store(static_cast<uint16_t*>(to) + d, __builtin_convertvector(x == x ? rounded : Uint{} + 0x7fc0, Short));
-    }
+    const Uint u = bits<Uint>(x);
+    return x == x ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : Uint{} + 0x7fc0;
   }
-  for (; d < D; ++d) {
-    const float x = from[d] * factor;
-    if constexpr (type == Type::f32) static_cast<float*>(to)[d] = x;
-    else static_cast<uint16_t*>(to)[d] = type == Type::bf16 ? narrow_bf16(x) : narrow_f16(x);
+  Uint halves;
+  for (int i = 0; i < W; ++i) halves[i] = narrow_f16(x[i]);
+  return halves;
+}
+
+// The first `count` lanes; all of them if count is W or more.
+template <Type type> inline void store_some(char* to, Float x, int64_t count) {
+  if constexpr (type == Type::f32) {
+    if (count >= W) store(to, x);
+    else __builtin_memcpy(to, &x, count * 4);
+  } else {
+    const Short halves = __builtin_convertvector(narrow<type>(x), Short);
+    if (count >= W) store(to, halves);
+    else __builtin_memcpy(to, &halves, count * 2);
   }
+}
+
+template <Type type> inline void store_row(void* to, const float* from, int D, float factor) {
+  // from is padded to whole vectors.
+  for (int d = 0; d < D; d += W)
+    store_some<type>(static_cast<char*>(to) + d * kBytes<type>, load<Float>(from + d) * factor, D - d);
 }
 
 template <Type type> inline void widen_row(float* to, const void* from, int D) {

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from engines.batch import Batch, PrefixGroup
+from engines.ops import activation, kv_cache, norm, rotary
 from engines.ops import attention as reference
 from engines.ops.kv_cache import KVCache
 
@@ -41,6 +42,46 @@ def paged_attention(
         softcap,
     )
     return result
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
+    """As the reference."""
+    if x.dtype == torch.float64:
+        return norm.rms_norm(x, weight, eps, weight_offset)
+    result: Tensor = torch.ops.cpu_ops.rms_norm(x.reshape(-1, x.shape[-1]), weight, eps, weight_offset)
+    return result.view(x.shape)
+
+
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """As the reference."""
+    if x.dtype == torch.float64:
+        return norm.add_rms_norm(x, residual, weight, eps, weight_offset)
+    normed, total = torch.ops.cpu_ops.add_rms_norm(x, residual, weight, eps, weight_offset)
+    return normed, total
+
+
+def act_and_mul(gate_up: Tensor, name: str) -> Tensor:
+    """As the reference; silu is compiled, the other activations are torch's."""
+    if name != "silu" or gate_up.dtype == torch.float64:
+        return activation.act_and_mul(gate_up, name)
+    result: Tensor = torch.ops.cpu_ops.silu_and_mul(gate_up)
+    return result
+
+
+def rope(q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
+    """As the reference."""
+    if q.dtype == torch.float64:
+        return rotary.rope(q, k, positions, cos_sin)
+    torch.ops.cpu_ops.rope(q, k, positions, cos_sin)
+
+
+def write_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
+    """As the reference."""
+    if k.dtype == torch.float64 or k.dtype != cache.k.dtype:
+        return kv_cache.write_kv(k, v, cache, slot_mapping)
+    torch.ops.cpu_ops.write_kv(k, v, cache.k, cache.v, slot_mapping)
 
 
 def _flat(groups: tuple[PrefixGroup, ...]) -> tuple[Tensor | None, Tensor | None]:

@@ -40,8 +40,8 @@ OPS: dict[str, dict[str, Allowed]] = {
     "transformers_model": {"dtype": DTYPES, "quantization": DENSE_ONLY},
 }
 
-COMPILED = frozenset({"paged_attention"})
-"""Ops that are slow enough without the compiled library for the plan to say so."""
+COMPILED = frozenset({"paged_attention", "rms_norm", "add_rms_norm", "rope", "write_kv", "act_and_mul"})
+"""Ops of the compiled library; without it they are the slower ones of torch, and the plan says so."""
 
 
 def offers(host: Host) -> Offer:

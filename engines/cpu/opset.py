@@ -7,7 +7,7 @@ from engines.cpu import attention, linear
 
 
 class OpSet(ops.OpSet):
-    """oneDNN for products; attention from the compiled library where it was built, else on plain torch."""
+    """oneDNN for products; the compiled library's ops where it was built, else attention on plain torch."""
 
     prepare_linear = staticmethod(linear.prepare_linear)
     linear = staticmethod(linear.linear)
@@ -19,3 +19,6 @@ class OpSet(ops.OpSet):
             from engines.cpu import compiled
 
             self.paged_attention = compiled.paged_attention
+            self.rms_norm, self.add_rms_norm = compiled.rms_norm, compiled.add_rms_norm
+            self.rope, self.write_kv = compiled.rope, compiled.write_kv
+            self.act_and_mul = compiled.act_and_mul

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines import extension
+from engines import extension, platform
 from engines.cpu import attention, linear
 from engines.cpu.offers import COMPILED
 from engines.cpu.opset import OpSet
@@ -166,6 +166,7 @@ def test_the_offer_names_what_the_library_does() -> None:
 def test_the_library_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISABLE_CPU_EXTENSION", "1")
     assert extension.reason() == "DISABLE_CPU_EXTENSION is set"
+    assert "cpu" not in platform.installed_extensions()
     assert overridden(OpSet()) == set()
     assert origin(OpSet(), "paged_attention") == "engines.cpu.attention"
 
