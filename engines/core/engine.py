@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import traceback
 from collections.abc import Sequence as Many
 
 import torch
@@ -22,6 +21,8 @@ from engines.ops import OpSet
 
 log = logging.getLogger(__name__)
 NO_SAMPLING = SamplingParams(max_tokens=0)
+MAX_TRACEBACKS = 10
+"""Different failures that are logged with a traceback; every failed request has its message in its outcome."""
 
 
 class LLMEngine:
@@ -62,6 +63,7 @@ class LLMEngine:
         self._ready: list[Outcome] = []
         """Outcomes of requests that were refused at submit."""
         self._num_unfinished = 0
+        self._seen_failures: set[str] = set()
         self._num_steps = self._num_prompt = self._num_cached = self._num_output = 0
 
     @property
@@ -135,10 +137,14 @@ class LLMEngine:
 
     def _run(self, step: list[Scheduled]) -> list[Outcome]:
         """Execute a step; if it raises, halve it until the sequence that raises is alone."""
+        failure: Exception | None = None
         try:
             outcomes = self._execute(step)
         except Exception as error:
-            return self._after_failure(step, error)
+            failure = error
+        if failure is not None:
+            # Out of the handler, so that the failures of the halves are not chained to this one.
+            return self._after_failure(step, failure)
         self._num_steps += 1
         return outcomes
 
@@ -152,11 +158,12 @@ class LLMEngine:
                 "memory ran out in a step: going on with %d tokens a step", self.scheduler.max_num_batched_tokens
             )
             return []
+        text = f"{type(error).__name__}: {error}"
         if len(step) == 1:
-            log.error("request %d failed:\n%s", step[0].seq.request.request_id, traceback.format_exc())
-            return [
-                self._retire(step[0].seq, "error", error=ErrorInfo("engine_error", f"{type(error).__name__}: {error}"))
-            ]
+            if text not in self._seen_failures and len(self._seen_failures) < MAX_TRACEBACKS:
+                self._seen_failures.add(text)
+                log.error("request %d failed", step[0].seq.request.request_id, exc_info=error)
+            return [self._retire(step[0].seq, "error", error=ErrorInfo("engine_error", text))]
         if not self.model.paged:
             step = [Scheduled(s.seq, s.seq.num_computed_tokens + s.num_new_tokens) for s in step]
             for s in step:
