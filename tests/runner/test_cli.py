@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 import subprocess
 import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -18,14 +16,9 @@ from hypothesis import strategies as st
 
 import runner.__main__ as cli
 from runner import config
-from runner.config import JobConfig, TaskConfig
+from runner.config import JobConfig
 from runner.errors import EngineError, Interrupted, OutputError
 from tests.conftest import ROOT
-
-
-@dataclasses.dataclass(frozen=True)
-class Prompted(TaskConfig):
-    prompt: str
 
 
 def run_cli(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -38,8 +31,6 @@ def run_cli(*args: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 def jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[JobConfig]:
     """The jobs that reach the runner, in place of running them."""
     seen: list[JobConfig] = []
-    generate = types.SimpleNamespace(Config=Prompted, KIND="generate")
-    monkeypatch.setattr(config, "task_modules", lambda: {"generate": generate})
     monkeypatch.setattr(cli, "_run", lambda job: seen.append(job) or 0)
     monkeypatch.chdir(tmp_path)
     return seen
