@@ -19,7 +19,7 @@ from engines.cpu.opset import OpSet
 from engines.ops import OP_NAMES, origin
 from engines.ops import attention as reference
 from engines.ops import linear as linear_reference
-from tests.engines.cpu.attention_cases import CASES, Case, Inputs, make, widened
+from tests.attention_cases import CASES, Case, Inputs, make, widened
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCALE = 0.2
@@ -189,7 +189,7 @@ LEVELS = """
 import torch
 from engines.cpu.opset import OpSet
 from engines.ops import attention as reference
-from tests.engines.cpu.attention_cases import CASES, make, widened
+from tests.attention_cases import CASES, make, widened
 op = OpSet().paged_attention
 for case in CASES:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):

@@ -1,0 +1,241 @@
+"""Inputs for every op, adversarial by default; tests, benchmarks and ledgers of kernels take them from here.
+
+A case gives the arguments of one call of an op in a dtype. What an op must not read holds NaN, views are strided,
+blocks are permuted, texts are ragged, and one of them is empty.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engines.batch import Batch
+from engines.ops import OpSet
+from engines.ops.kv_cache import KVCache
+from engines.ops.sampling import SamplingBatch
+from tests import attention_cases
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+SCALE = 0.2
+
+
+@dataclass(frozen=True)
+class Case:
+    op: str
+    name: str
+    arguments: Callable[[torch.dtype], tuple[Any, ...]]
+    options: dict[str, Any]
+    modifies: tuple[int, ...] = ()
+    """Arguments that are results, besides what is returned."""
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+
+    def __str__(self) -> str:
+        return f"{self.op}-{self.name}"
+
+
+def call(ops: OpSet, case: Case, arguments: tuple[Any, ...]) -> list[Tensor]:
+    """All results, from copies of the arguments."""
+    own = convert(arguments)
+    if case.op == "linear":
+        x, weight, bias = own
+        returned = ops.linear(x, ops.prepare_linear(weight, bias))
+    else:
+        returned = getattr(ops, case.op)(*own, **case.options)
+    returned = returned if isinstance(returned, tuple) else (returned,)
+    return [t for t in (*returned, *(own[i] for i in case.modifies)) for t in tensors(t)]
+
+
+def convert(value: Any, dtype: torch.dtype | None = None) -> Any:
+    """A deep copy with the same strides; floating-point tensors in `dtype` if one is given."""
+    if isinstance(value, Tensor):
+        to = dtype if dtype and value.dtype.is_floating_point else value.dtype
+        return torch.empty_strided(value.shape, value.stride(), dtype=to, device=value.device).copy_(value)
+    if isinstance(value, tuple):
+        return tuple(convert(v, dtype) for v in value)
+    if is_dataclass(value) and not isinstance(value, (Batch, type)):
+        return replace(value, **{f.name: convert(getattr(value, f.name), dtype) for f in fields(value)})
+    return value
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, KVCache):
+        yield from (value.k, value.v)
+
+
+def numbers(*shape: int, dtype: torch.dtype, seed: int = 0, stretch: float = 1.0) -> Tensor:
+    """A strided view of normal numbers."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.randn(*shape[:-1], shape[-1] + 3, generator=generator) * stretch
+    return wide.to(dtype)[..., 2 : 2 + shape[-1]]
+
+
+def cases() -> tuple[Case, ...]:
+    makers = (norms, activations, rotations, cache_writes, attentions, encoders, products, choices)
+    return tuple(itertools.chain.from_iterable(make() for make in makers))
+
+
+def norms() -> Iterator[Case]:
+    for rows, size in ((0, 64), (1, 1), (3, 576), (130, 33)):
+        for offset in (0.0, 1.0):
+            options = {"eps": 1e-5, "weight_offset": offset}
+
+            def one(dtype: torch.dtype, rows: int = rows, size: int = size) -> tuple[Tensor, ...]:
+                return numbers(rows, size, dtype=dtype, stretch=3.0), numbers(size, dtype=dtype, seed=1).contiguous()
+
+            def two(dtype: torch.dtype, rows: int = rows, size: int = size) -> tuple[Tensor, ...]:
+                x, residual = (numbers(rows, size, dtype=dtype, seed=i).contiguous() for i in (0, 2))
+                return x, residual, numbers(size, dtype=dtype, seed=1).contiguous()
+
+            yield Case("rms_norm", f"{rows}x{size}+{offset:g}", one, options)
+            yield Case("add_rms_norm", f"{rows}x{size}+{offset:g}", two, options)
+
+        def layer(dtype: torch.dtype, rows: int = rows, size: int = size) -> tuple[Any, ...]:
+            weight, bias = (numbers(size, dtype=dtype, seed=i).contiguous() for i in (1, 2))
+            return numbers(rows, size, dtype=dtype, stretch=3.0), weight, bias, 1e-5
+
+        yield Case("layer_norm", f"{rows}x{size}", layer, {})
+
+    def heads(dtype: torch.dtype) -> tuple[Tensor, ...]:
+        return numbers(5, 3, 80, dtype=dtype), numbers(80, dtype=dtype, seed=1).contiguous()
+
+    yield Case("rms_norm", "heads", heads, {"eps": 1e-6})
+
+
+def activations() -> Iterator[Case]:
+    for name in ("silu", "gelu", "gelu_tanh", "relu"):
+        for rows, size in ((0, 64), (1, 1), (7, 33), (64, 192)):
+
+            def gated(dtype: torch.dtype, rows: int = rows, size: int = size, name: str = name) -> tuple[Any, ...]:
+                return numbers(rows, 2 * size, dtype=dtype, stretch=10.0), name
+
+            yield Case("act_and_mul", f"{name} {rows}x{size}", gated, {})
+
+            def plain(dtype: torch.dtype, rows: int = rows, size: int = size, name: str = name) -> tuple[Any, ...]:
+                return numbers(rows, size, dtype=dtype, stretch=10.0), name
+
+            yield Case("act", f"{name} {rows}x{size}", plain, {})
+    yield Case("softcap", "30", lambda dtype: (numbers(5, 100, dtype=dtype, stretch=50.0), 30.0), {})
+
+
+def rotations() -> Iterator[Case]:
+    for rows, head_dim, rotary_dim in ((0, 64, 64), (1, 64, 64), (9, 80, 32), (130, 34, 34), (3, 7, 6)):
+
+        def make(dtype: torch.dtype, rows: int = rows, size: int = head_dim, rot: int = rotary_dim) -> tuple[Any, ...]:
+            qkv = numbers(rows, 11 * size, dtype=dtype)
+            q, k = (part.unflatten(1, (-1, size)) for part in (qkv[:, : 7 * size], qkv[:, 7 * size : 8 * size]))
+            angle = torch.outer(torch.arange(50.0), 10.0 ** -torch.arange(0.0, 4.0, 8 / rot)[: rot // 2])
+            positions = torch.randint(0, 50, (rows,), generator=torch.Generator().manual_seed(1))
+            return q, k, positions, torch.cat((angle.cos(), angle.sin()), 1).to(dtype)
+
+        yield Case("rope", f"{rows}x{head_dim}/{rotary_dim}", make, {}, modifies=(0, 1))
+
+
+def cache_writes() -> Iterator[Case]:
+    for rows in (0, 1, 77):
+
+        def make(dtype: torch.dtype, rows: int = rows) -> tuple[Any, ...]:
+            k, v = (numbers(rows, 3 * 20, dtype=dtype, seed=i).unflatten(1, (3, 20)) for i in (0, 1))
+            empty = torch.full((40, 3, 8, 20), float("nan"), dtype=dtype)
+            slots = torch.randperm(40 * 8, generator=torch.Generator().manual_seed(1))[:rows]
+            return k, v, KVCache(empty, empty.clone()), slots
+
+        yield Case("write_kv", str(rows), make, {}, modifies=(2,))
+
+
+def attentions() -> Iterator[Case]:
+    for case in attention_cases.CASES:
+
+        def make(dtype: torch.dtype, case: attention_cases.Case = case) -> tuple[Any, ...]:
+            given = attention_cases.make(case, dtype)
+            return given.q, given.cache, given.batch, SCALE
+
+        yield Case("paged_attention", case.name, make, case.options())
+
+
+def encoders() -> Iterator[Case]:
+    for lens, heads, head_dim in (((5, 0, 1, 130), 3, 32), ((1,), 1, 64), ((33, 64), 2, 7), ((), 2, 8)):
+
+        def make(
+            dtype: torch.dtype, lens: tuple[int, ...] = lens, heads: int = heads, size: int = head_dim
+        ) -> tuple[Any, ...]:
+            qkv = numbers(sum(lens), 3 * heads * size, dtype=dtype)
+            q, k, v = (part.unflatten(1, (heads, size)) for part in qkv.chunk(3, dim=1))
+            offsets = torch.tensor([0, *itertools.accumulate(lens)], dtype=torch.int32)
+            ids = torch.zeros(sum(lens), dtype=torch.int64)
+            longest = max(lens, default=0)
+            return q, k, v, Batch(ids, ids, offsets, torch.tensor(lens, dtype=torch.int32), longest, longest), SCALE
+
+        yield Case("encoder_attention", str(lens), make, {})
+
+
+def products() -> Iterator[Case]:
+    for rows, size, out, bias in ((0, 64, 8, False), (1, 1, 1, True), (3, 33, 37, True), (130, 192, 576, False)):
+
+        def make(
+            dtype: torch.dtype, rows: int = rows, size: int = size, out: int = out, bias: bool = bias
+        ) -> tuple[Any, ...]:
+            offset = numbers(out, dtype=dtype, seed=2).contiguous() if bias else None
+            return numbers(rows, size, dtype=dtype), numbers(out, size, dtype=dtype, seed=1).contiguous(), offset
+
+        yield Case("linear", f"{rows}x{size}x{out}{'+bias' if bias else ''}", make, {})
+
+    def rows_of_a_table(dtype: torch.dtype) -> tuple[Any, ...]:
+        return torch.tensor([7, 0, 7, 96]), numbers(97, 48, dtype=dtype).contiguous()
+
+    yield Case("embedding", "4", rows_of_a_table, {})
+    yield Case("embedding", "0", lambda dtype: (torch.zeros(0, dtype=torch.int64), rows_of_a_table(dtype)[1]), {})
+
+
+def choices() -> Iterator[Case]:
+    """Ops on logits, which are float32. Exact ties, as logits of bfloat16 models have, and forbidden tokens."""
+    single = (torch.float32,)
+    for rows, vocab in ((1, 1), (6, 11), (9, 997), (4, 5003)):
+
+        def logits(dtype: torch.dtype, rows: int = rows, vocab: int = vocab) -> Tensor:
+            values = numbers(rows, vocab, dtype=torch.float32, stretch=3.0).bfloat16().contiguous().to(dtype)
+            values[:, vocab // 3 : vocab // 3 + vocab // 4] = float("-inf")
+            return values
+
+        def draw(dtype: torch.dtype, logits: Callable[..., Tensor] = logits, rows: int = rows) -> tuple[Any, ...]:
+            return logits(dtype), sampling_batch(rows)
+
+        def gather(
+            dtype: torch.dtype, logits: Callable[..., Tensor] = logits, rows: int = rows, vocab: int = vocab
+        ) -> tuple[Any, ...]:
+            return logits(dtype), torch.arange(rows) * 7 % vocab
+
+        def most(dtype: torch.dtype, rows: int = rows, vocab: int = vocab) -> tuple[Any, ...]:
+            return numbers(rows, vocab, dtype=dtype, stretch=3.0), min(vocab, 5)
+
+        def penalties(dtype: torch.dtype, logits: Callable[..., Tensor] = logits) -> tuple[Any, ...]:
+            x = logits(dtype)
+            generator = torch.Generator().manual_seed(1)
+            prompt, output = (torch.randint(0, 3, x.shape, generator=generator, dtype=torch.int32) for _ in range(2))
+            each = torch.linspace(0.1, 1.9, len(x)).to(dtype)
+            return x, prompt, output, each, each - 1, 1 - each
+
+        size = f"{rows}x{vocab}"
+        yield Case("sample", size, draw, {}, dtypes=single)
+        yield Case("apply_penalties", size, penalties, {}, dtypes=single)
+        yield Case("log_softmax_gather", size, gather, {}, dtypes=FLOATS)
+        yield Case("top_logprobs", size, most, {}, dtypes=single)
+
+
+def sampling_batch(rows: int) -> SamplingBatch:
+    """Every mixture of filters, greedy rows among them, keys with the sign bit set."""
+    row = torch.arange(rows)
+    return SamplingBatch(
+        temperature=torch.tensor([0.7, 0.0, 1.0, 1.6, 0.1])[row % 5],
+        top_k=torch.tensor([0, 3, 0, 600, 40, 1, 5])[row % 7],
+        top_p=torch.tensor([1.0, 0.9, 0.3, 0.999])[row % 4],
+        min_p=torch.tensor([0.0, 0.0, 0.05])[row % 3],
+        stream=row * 0x1E3779B97F4A7C15 - 5,
+        position=row * 3,
+    )
