@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from engines import extension, ops
-from engines.cpu import attention, linear
+from engines.cpu import attention, linear, memory
 
 
 class OpSet(ops.OpSet):
@@ -12,8 +12,10 @@ class OpSet(ops.OpSet):
     prepare_linear = staticmethod(linear.prepare_linear)
     linear = staticmethod(linear.linear)
     paged_attention = staticmethod(attention.paged_attention)
+    allocate_kv_cache = staticmethod(memory.allocate_kv_cache)
 
     def __init__(self) -> None:
+        memory.keep_freed_memory()
         if extension.reason() is None:
             extension.load()
             from engines.cpu import compiled
