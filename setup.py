@@ -29,7 +29,7 @@ X86_FLAGS = {
     "avx2": ("-mavx2", "-mfma"),
     "baseline": (),
 }
-X86_SOURCES = {"attention_amx": ("amx", (*X86_FLAGS["avx512"], "-mamx-tile", "-mamx-bf16"))}
+X86_SOURCES = {"attention_amx": ("amx", (*X86_FLAGS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"))}
 """Sources for one instruction set only: its name and its flags."""
 TARGET_VERSION = "0x020b000000000000"
 FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from engines.batch import Batch, PrefixGroup
+from engines.ops import OpSet
 from engines.ops.kv_cache import KVCache
 
 
@@ -35,7 +36,7 @@ class Case:
 
 DECODE = {"lens": (100, 333, 64, 500, 1, 128), "new": (1,) * 6}
 GROUP = {"lens": (200, 193, 230, 257, 300, 199, 210), "new": (1,) * 7}
-CASES = (
+PLAIN = (
     Case("ragged"),
     Case("decode", **DECODE),
     Case("prefill", lens=(150, 64, 3), new=(150, 64, 3)),
@@ -58,6 +59,13 @@ CASES = (
     Case("shared prefix, softcap, sinks", **GROUP, shared_blocks=12, softcap=4.0, sinks=True),
     Case("shared prefix, window", **GROUP, shared_blocks=12, window=300),
 )
+IN_LARGER_BLOCKS = tuple(
+    replace(case, name=f"{case.name}, blocks of 32", block_size=32, shared_blocks=case.shared_blocks // 2)
+    for case in PLAIN
+    if case.head_dim % 32 == 0 and case.block_size < 32
+)
+"""What an op set may keep in a layout of its own."""
+CASES = PLAIN + IN_LARGER_BLOCKS
 
 
 @dataclass(frozen=True)
@@ -110,3 +118,12 @@ def make(case: Case, dtype: torch.dtype, seed: int = 0) -> Inputs:
 
 def widened(cache: KVCache) -> KVCache:
     return KVCache(cache.k.double(), cache.v.double())
+
+
+def stored(ops: OpSet, cache: KVCache) -> KVCache:
+    """The same in the op set's own layout, NaN included."""
+    num_blocks, num_kv_heads, block_size, head_dim = cache.k.shape
+    kept = ops.allocate_kv_cache(num_blocks, block_size, num_kv_heads, head_dim, cache.k.dtype, cache.k.device)
+    k, v = (t.transpose(1, 2).reshape(-1, num_kv_heads, head_dim) for t in (cache.k, cache.v))
+    ops.write_kv(k, v, kept, torch.arange(num_blocks * block_size))
+    return kept

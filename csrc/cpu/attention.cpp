@@ -23,12 +23,13 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-Kernel kernel(Type type) {
+Kernel kernel(bool packed) {
 #if defined(CPU_OPS_X86)
-  if (isa() == Isa::amx && type == Type::bf16) return amx::attend;
+  if (packed) return amx::attend;
   if (isa() >= Isa::avx512) return avx512::attend;
   if (isa() == Isa::avx2) return avx2::attend;
 #endif
+  STD_TORCH_CHECK(!packed, "packed: this machine has no matrix unit");
   return baseline::attend;
 }
 
@@ -53,6 +54,7 @@ Buffer floats(int64_t count) {
 // Tensors of a call, as pointers and sizes.
 struct Call {
   Type type;
+  bool packed;
   int64_t num_seqs, num_heads, num_kv_heads, group, head_dim, max_blocks, block_size;
   int64_t element, q_token_stride, q_head_stride;
   const char* q;
@@ -73,6 +75,8 @@ struct Item {
   int64_t seq, shared, kv_head, first, last, cost;
 };
 
+bool few_rows(const Item& item) { return item.last - item.first <= kLaneRows; }
+
 void fill_row(const Call& call, Work& work, int64_t r, int64_t seq, int64_t token, int64_t position, int64_t head) {
   work.q[r] = call.q + (token * call.q_token_stride + head * call.q_head_stride) * call.element;
   work.out[r] = call.out + (token * call.num_heads + head) * call.head_dim * call.element;
@@ -82,7 +86,7 @@ void fill_row(const Call& call, Work& work, int64_t r, int64_t seq, int64_t toke
                                      : call.states.get() + (call.slot[seq] * call.num_heads + head) * call.state_floats;
 }
 
-void run(const Call& call, const Item& item, Work& work, float* scratch, Kernel attend) {
+void fill(const Call& call, const Item& item, Work& work) {
   work.num_rows = static_cast<int>(item.last - item.first);
   work.k = call.common.k + item.kv_head * call.k_head_stride;
   work.v = call.common.v + item.kv_head * call.v_head_stride;
@@ -101,21 +105,62 @@ void run(const Call& call, const Item& item, Work& work, float* scratch, Kernel 
   const int64_t in_window = work.window ? std::max<int64_t>(0, lowest - work.window + 1) / kTile * kTile : 0;
   work.begin = item.members ? in_window : std::max(call.shared[item.seq], in_window);
   work.end = item.members ? item.shared : highest + 1;
-  attend(work, scratch);
+}
+
+// Asks for an item's first tile, which lies anywhere. One block of one head is contiguous in either layout.
+void prefetch(const Work& work, int64_t element) {
+  const int64_t bytes = std::min<int64_t>(work.block_size, kTile) * work.head_dim * element;
+  for (int64_t key = work.begin; key < std::min(work.end, work.begin + kTile); key += work.block_size) {
+    const int64_t block = work.block_table[key / work.block_size];
+    for (int64_t i = 0; i < bytes; i += 64) {
+      __builtin_prefetch(work.k + block * work.k_block_stride + i, 0, 2);
+      __builtin_prefetch(work.v + block * work.v_block_stride + i, 0, 2);
+    }
+  }
+}
+
+// A thread's next items: where few rows read many keys, several go on side by side and hide each other's latencies.
+struct Turn {
+  size_t first, count;
+};
+
+std::vector<Turn> turns(const std::vector<Item>& items, int64_t threads) {
+  const size_t fair = std::max<size_t>(1, items.size() / (4 * threads)), most = std::min<size_t>(fair, kLanes);
+  std::vector<Turn> turns;
+  for (size_t first = 0, count; first < items.size(); first += count) {
+    count = 1;
+    while (count < most && first + count < items.size() && few_rows(items[first]) && few_rows(items[first + count])) ++count;
+    turns.push_back({first, count});
+  }
+  return turns;
 }
 
 // Takes items in turn, the longest first, on as many threads as torch has: which thread computes what changes no bit.
 void run_all(const Call& call, std::vector<Item>& items) {
   if (items.empty()) return;
   std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
-  const Kernel attend = kernel(call.type);
-  std::atomic<size_t> next{0};
+  const Kernel attend = kernel(call.packed);
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), static_cast<int64_t>(items.size()));
+  const std::vector<Turn> order = turns(items, threads);
+  std::atomic<size_t> next{0};
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     const Buffer scratch = floats(scratch_floats(call.head_dim));
-    const auto work = std::make_unique<Work>(call.common);
-    for (size_t i = next.fetch_add(1); i < items.size(); i = next.fetch_add(1))
-      run(call, items[i], *work, scratch.get(), attend);
+    std::vector<Work> room(2 * kLanes, call.common);
+    Work *now = room.data(), *ahead = now + kLanes;
+    const auto prepare = [&](size_t turn, Work* works) {
+      if (turn >= order.size()) return;
+      for (size_t i = 0; i < order[turn].count; ++i) {
+        fill(call, items[order[turn].first + i], works[i]);
+        prefetch(works[i], call.element);
+      }
+    };
+    size_t turn = next.fetch_add(1);
+    for (prepare(turn, now); turn < order.size(); std::swap(now, ahead)) {
+      const size_t coming = next.fetch_add(1);
+      prepare(coming, ahead);
+      attend(now, static_cast<int>(order[turn].count), scratch.get());
+      turn = coming;
+    }
   });
 }
 
@@ -180,7 +225,7 @@ void check_cache(const Tensor& q, const Tensor& cache, const char* name) {
 Tensor paged_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
                        const Tensor& seq_lens, const Tensor& block_tables, const std::optional<Tensor>& group_seqs,
                        const std::optional<Tensor>& groups, const std::optional<Tensor>& sinks, double softmax_scale,
-                       int64_t window_size, double softcap) {
+                       int64_t window_size, double softcap, bool packed) {
   STD_TORCH_CHECK(q.dim() == 3 && (q.stride(2) == 1 || q.size(2) == 1),
                   "q: expected [num_tokens, num_heads, head_dim], the last dimension contiguous");
   check_cache(q, k, "cache.k");
@@ -188,6 +233,10 @@ Tensor paged_attention(const Tensor& q, const Tensor& k, const Tensor& v, const 
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   Call call{};
   call.type = type_of(q, "q");
+  call.packed = packed;
+  STD_TORCH_CHECK(!packed || (isa() == Isa::amx && call.type == Type::bf16 && k.is_contiguous() && v.is_contiguous() &&
+                              q.size(2) % 32 == 0 && k.size(2) % 32 == 0),
+                  "packed: expected bfloat16, head_dim and block_size multiples of 32, and a machine with AMX");
   call.num_seqs = seq_lens.size(0);
   call.num_heads = q.size(1);
   call.num_kv_heads = k.size(1);
@@ -250,8 +299,8 @@ Tensor paged_attention(const Tensor& q, const Tensor& k, const Tensor& v, const 
 STABLE_TORCH_LIBRARY_FRAGMENT(cpu_ops, library) {
   library.def(
       "paged_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor seq_lens, Tensor block_tables, "
-      "Tensor? group_seqs, Tensor? groups, Tensor? sinks, float softmax_scale, int window_size, float softcap) -> "
-      "Tensor");
+      "Tensor? group_seqs, Tensor? groups, Tensor? sinks, float softmax_scale, int window_size, float softcap, "
+      "bool packed) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cpu_ops, CPU, library) { library.impl("paged_attention", TORCH_BOX(&paged_attention)); }

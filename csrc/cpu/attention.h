@@ -12,8 +12,11 @@ enum class Type : int { f32, f16, bf16 };
 constexpr int kTile = 64;
 // Query rows (token, head) that share one conversion of a tile of keys and values.
 constexpr int kRows = 64;
-// Floats before a row's sum in its state: running maximum, running denominator; the rest pads to 64 bytes.
-constexpr int kStateHeader = 16;
+// Items of at most kLaneRows rows that one call of a kernel computes side by side.
+constexpr int kLanes = 4;
+constexpr int kLaneRows = 16;
+// Floats before a row's sum in its state: its running maximum and denominator, as each kernel keeps them.
+constexpr int kStateHeader = 32;
 
 // Up to kRows query rows of one KV head against the keys [begin, end) of one block table.
 struct Work {
@@ -45,11 +48,12 @@ inline constexpr int64_t scratch_floats(int64_t head_dim) {
   return (2 * kRows + kTile) * padded + kTile * (padded + 16) + 2 * kRows * kTile + 4 * kRows;
 }
 
-using Kernel = void (*)(const Work&, float* scratch);
+// Computes one item, or up to kLanes of at most kLaneRows rows each.
+using Kernel = void (*)(const Work* works, int count, float* scratch);
 
-namespace amx { void attend(const Work& work, float* scratch); }  // bfloat16 only
-namespace avx512 { void attend(const Work& work, float* scratch); }
-namespace avx2 { void attend(const Work& work, float* scratch); }
-namespace baseline { void attend(const Work& work, float* scratch); }
+namespace amx { void attend(const Work* works, int count, float* scratch); }  // bfloat16 in a packed cache (packed.h)
+namespace avx512 { void attend(const Work* works, int count, float* scratch); }
+namespace avx2 { void attend(const Work* works, int count, float* scratch); }
+namespace baseline { void attend(const Work* works, int count, float* scratch); }
 
 }  // namespace cpu_ops

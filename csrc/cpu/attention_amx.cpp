@@ -1,183 +1,378 @@
-// bfloat16 attention on the matrix unit (AMX): as attention_kernel.cpp, with products by tiles of 16 x 16.
+// bfloat16 attention on the matrix unit (AMX) over a packed cache (packed.h): as attention_kernel.cpp, with products by
+// tiles of 16 x 16 whose second factors are read where they lie.
 //
-// Both products take bfloat16 and sum in float32. The weights go in as a sum of two bfloat16 numbers, so that they keep
-// 16 bits and not 8. A row of a product does not depend on the rows beside it. Source of the layouts: Intel 64 and
-// IA-32 Architectures Software Developer's Manual, volume 2, TDPBF16PS: the second factor has pairs of rows interleaved.
+// Both products take bfloat16 and sum in float32; weights are rounded to bfloat16 as in FlashAttention, their sum is
+// not. A row of a product does not depend on the rows beside it, and hidden keys weigh exactly zero.
+// Scores are kept in units of log2, so that e^x is a power of two (arXiv 2307.08691, section 3.1).
 
 #include <immintrin.h>
 
-#include "attention_vector.h"
+#include <new>
+#include <utility>
+
+#include "attention.h"
+#include "packed.h"
 
 namespace cpu_ops {
-namespace ISA {
+namespace amx {
 namespace {
 
 constexpr int kSide = 16;
-constexpr int kPairs = kTile / 2;
+constexpr int kGroups = kTile / kSide;
+constexpr float kLog2e = 1.44269504088896341f;
+constexpr float kNone = -__builtin_inff();
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+
+  // Tiles 0 to 4 are products and first factors of so many rows: a product takes as many cycles.
+  explicit TileConfig(int num_rows = kSide) {
+    for (int i = 0; i < 5; ++i) rows[i] = static_cast<uint8_t>(num_rows);
+  }
 };
 
-// to: [D / 2][T] pairs, zero from D and from rows.count on.
-void pair_keys(uint32_t* to, const Rows& rows, const Rows& next, int D, int padded) {
-  for (int t = 0; t < kTile; t += W) {
-    for (int i = t; i < t + W && i < next.count; ++i) prefetch(next.k[i], D * 2);
-    for (int d = 0; d < padded; d += 2 * W) {
-      const int values = D - d < 2 * W ? D - d : 2 * W;
-      Uint v[W];
-      for (int i = 0; i < W; ++i) {
-        v[i] = Uint{};
-        if (t + i >= rows.count) continue;
-        const char* row = rows.k[t + i] + d * 2;
-        if (values == 2 * W) v[i] = load<Uint>(row);
-        else __builtin_memcpy(&v[i], row, values * 2);
-      }
-      transpose(v);
-      for (int i = 0; i < W; ++i) store(to + (d / 2 + i) * kTile + t, v[i]);
-    }
+// What a thread works on, laid out in its scratch.
+struct Scratch {
+  float* out;         // [kRows][D] sums of weighted values
+  float* scores;      // [kRows][kTile]
+  float* sums;        // [kRows][16] running denominators, a lane each
+  float* maximum;     // [kRows]
+  float* base;        // [kRows] what this tile's scores are reduced by
+  float* factor;      // [kRows] of what was summed before
+  uint16_t* q;        // [kRows][D]
+  uint16_t* weights;  // [kRows][kTile]
+  char* tail;         // values of the last 32 keys, zero where there are none
+
+  Scratch(float* at, int D, bool one_of_several) {
+    const int rows = one_of_several ? kLaneRows : kRows;
+    out = at;
+    scores = out + rows * D;
+    sums = scores + rows * kTile;
+    maximum = sums + rows * 16;
+    base = maximum + rows;
+    factor = base + rows;
+    q = reinterpret_cast<uint16_t*>(factor + rows);
+    weights = q + rows * D;
+    tail = reinterpret_cast<char*>(weights + rows * kTile);
+  }
+};
+
+// Where the cache holds a tile of keys and of values: by 16 keys, by 32 values.
+struct Located {
+  int count;  // keys of this tile that there are
+  const char* k[kGroups];
+  const char* v[kGroups / 2];
+};
+
+void locate(Located& at, const Work& work, int64_t first) {
+  const int64_t left = work.end - first;
+  at.count = left <= 0 ? 0 : left < kTile ? static_cast<int>(left) : kTile;
+  for (int i = 0; i * kSide < at.count; ++i) {
+    const int64_t key = first + i * kSide, block = work.block_table[key / work.block_size], slot = key % work.block_size;
+    at.k[i] = work.k + block * work.k_block_stride + slot / kPackedKeys * kPackedTile;
+    if (i % 2 == 0)
+      at.v[i / 2] = work.v + block * work.v_block_stride + slot / kPackedValues * (work.head_dim / 16) * kPackedTile;
   }
 }
 
-// to: [T / 2][D] pairs of keys 2 i and 2 i + 1, zero from D and from rows.count on.
-void pair_values(uint32_t* to, const Rows& rows, const Rows& next, int D, int padded) {
-  for (int t = 0; t < kTile; t += 2) {
-    for (int i = t; i < t + 2 && i < next.count; ++i) prefetch(next.v[i], D * 2);
-    const char* even = t < rows.count ? rows.v[t] : nullptr;
-    const char* odd = t + 1 < rows.count ? rows.v[t + 1] : nullptr;
-    for (int d = 0; d < padded; d += W) {
-      const int left = D - d, bytes = left <= 0 ? 0 : left < W ? 2 * left : 2 * W;
-      Short a = Short{}, b = Short{};
-      if (bytes == 2 * W) {
-        if (even) a = load<Short>(even + 2 * d);
-        if (odd) b = load<Short>(odd + 2 * d);
-      } else {
-        if (even) __builtin_memcpy(&a, even + 2 * d, bytes);
-        if (odd) __builtin_memcpy(&b, odd + 2 * d, bytes);
-      }
-      store(to + t / 2 * padded + d, __builtin_convertvector(a, Uint) | (__builtin_convertvector(b, Uint) << 16));
-    }
+// Asks for a tile of keys or values that comes next: blocks lie anywhere, so no hardware foresees them.
+inline void prefetch(const char* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(from + i, _MM_HINT_T1);
+}
+
+void prefetch(const Located& at, const Work& work) {
+  const int64_t key_step = work.block_size / kPackedKeys * kPackedTile;
+  for (int i = 0; i * kSide < at.count; ++i) {
+    for (int d = 0; d < work.head_dim / 32; ++d) prefetch(at.k[i] + d * key_step, kPackedTile);
+    if (i % 2 == 0) prefetch(at.v[i / 2], work.head_dim / 16 * kPackedTile);
   }
 }
 
-// scores[rows][T] = q @ keys
-void score(float* scores, const uint16_t* q, const uint32_t* keys, int rows, int padded) {
+// scores[rows][T] = q @ keys, for the 16-key groups that there are.
+void score(const Scratch& s, const Located& at, int rows, int D, int64_t key_step) {
   for (int r = 0; r < rows; r += kSide) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (int d = 0; d < padded; d += 32) {
-      const uint32_t* b = keys + d / 2 * kTile;
-      _tile_loadd(4, q + r * padded + d, padded * 2);
-      _tile_loadd(5, b, kTile * 4);
-      _tile_dpbf16ps(0, 4, 5);
-      _tile_loadd(6, b + 16, kTile * 4);
-      _tile_dpbf16ps(1, 4, 6);
-      _tile_loadd(5, b + 32, kTile * 4);
-      _tile_dpbf16ps(2, 4, 5);
-      _tile_loadd(6, b + 48, kTile * 4);
-      _tile_dpbf16ps(3, 4, 6);
-    }
-    _tile_stored(0, scores + r * kTile, kTile * 4);
-    _tile_stored(1, scores + r * kTile + 16, kTile * 4);
-    _tile_stored(2, scores + r * kTile + 32, kTile * 4);
-    _tile_stored(3, scores + r * kTile + 48, kTile * 4);
-  }
-}
-
-// One row's weights as the bfloat16 nearest to each, and that nearest to the rest.
-inline void split(uint16_t* high, uint16_t* low, const float* weights) {
-  for (int t = 0; t < kTile; t += W) {
-    const Float x = load<Float>(weights + t);
-    const Uint u = bits<Uint>(x), rounded = (u + 0x7fff + ((u >> 16) & 1)) & 0xffff0000u;
-    const Uint rest = bits<Uint>(x - bits<Float>(rounded));
-    store(high + t, __builtin_convertvector(rounded >> 16, Short));
-    store(low + t, __builtin_convertvector((rest + 0x7fff + ((rest >> 16) & 1)) >> 16, Short));
-  }
-}
-
-// out[rows][D] += (high + low) @ values
-void accumulate(float* out, const uint16_t* high, const uint16_t* low, const uint32_t* values, int rows, int padded) {
-  for (int r = 0; r < rows; r += kSide) {
-    for (int d = 0; d < padded; d += 32) {
-      float* to = out + r * padded + d;
-      _tile_loadd(0, to, padded * 4);
-      _tile_loadd(1, to + 16, padded * 4);
-      for (int t = 0; t < kPairs; t += 16) {
-        const uint32_t* b = values + t * padded + d;
-        _tile_loadd(4, high + r * kTile + 2 * t, kTile * 2);
-        _tile_loadd(5, low + r * kTile + 2 * t, kTile * 2);
-        _tile_loadd(6, b, padded * 4);
-        _tile_loadd(7, b + 16, padded * 4);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        _tile_dpbf16ps(0, 5, 6);
-        _tile_dpbf16ps(1, 5, 7);
+    float* to = s.scores + r * kTile;
+    const uint16_t* q = s.q + r * D;
+    if (at.count > 2 * kSide) {
+      const char *k0 = at.k[0], *k1 = at.k[1], *k2 = at.k[2], *k3 = at.count > 3 * kSide ? at.k[3] : at.k[2];
+      _tile_zero(0);
+      _tile_zero(1);
+      _tile_zero(2);
+      _tile_zero(3);
+      for (int d = 0; d < D / 32; ++d) {
+        _tile_loadd(4, q + d * 32, D * 2);
+        _tile_loadd(5, k0 + d * key_step, 64);
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(6, k1 + d * key_step, 64);
+        _tile_dpbf16ps(1, 4, 6);
+        _tile_loadd(5, k2 + d * key_step, 64);
+        _tile_dpbf16ps(2, 4, 5);
+        _tile_loadd(6, k3 + d * key_step, 64);
+        _tile_dpbf16ps(3, 4, 6);
       }
-      _tile_stored(0, to, padded * 4);
-      _tile_stored(1, to + 16, padded * 4);
+      _tile_stored(0, to, kTile * 4);
+      _tile_stored(1, to + 16, kTile * 4);
+      _tile_stored(2, to + 32, kTile * 4);
+      _tile_stored(3, to + 48, kTile * 4);
+    } else {
+      const char *k0 = at.k[0], *k1 = at.count > kSide ? at.k[1] : at.k[0];
+      _tile_zero(0);
+      _tile_zero(1);
+      for (int d = 0; d < D / 32; ++d) {
+        _tile_loadd(4, q + d * 32, D * 2);
+        _tile_loadd(5, k0 + d * key_step, 64);
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(6, k1 + d * key_step, 64);
+        _tile_dpbf16ps(1, 4, 6);
+      }
+      _tile_stored(0, to, kTile * 4);
+      _tile_stored(1, to + 16, kTile * 4);
     }
   }
 }
 
-void attend_rows(const Work& work, float* scratch) {
-  const int D = work.head_dim, padded = (D + 31) / 32 * 32, rows = work.num_rows;
-  float* out = scratch;
-  float* scores = out + kRows * padded;
-  uint32_t* keys = reinterpret_cast<uint32_t*>(scores + kRows * kTile);
-  uint32_t* values = keys + kPairs * padded;  // kTile * padded / 2 pairs
-  uint16_t* q = reinterpret_cast<uint16_t*>(values + kPairs * padded);
-  uint16_t* high = q + kRows * padded;
-  uint16_t* low = high + kRows * kTile;
-  float* maximum = reinterpret_cast<float*>(low + kRows * kTile);
-  float* sum = maximum + kRows;
-  // Rows up to a multiple of 16 are multiplied as well, with whatever lies there: no other row sees it.
+// 2^x within 3e-6; exactly 0 below -126, so for -inf as well; NaN for NaN. Cephes' polynomial, less its last term.
+inline __m512 exp2(__m512 x) {
+  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, n);
+  __m512 p = _mm512_set1_ps(1.339887440266574e-3f);
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.618437357674640e-3f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.550332471162809e-2f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402264791363012e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931472028550421e-1f));
+  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), p, n);
+}
+
+inline float exp2(float x) { return _mm512_cvtss_f32(exp2(_mm512_set1_ps(x))); }
+
+// x as softcap * tanh(x / softcap)
+inline __m512 capped(__m512 x, float softcap) {
+  const __m512 bound = _mm512_set1_ps(10.0f), y = _mm512_div_ps(x, _mm512_set1_ps(softcap));
+  // Operands in this order keep NaN.
+  const __m512 inside = _mm512_min_ps(bound, _mm512_max_ps(_mm512_sub_ps(_mm512_setzero_ps(), bound), y));
+  const __m512 e = exp2(_mm512_mul_ps(inside, _mm512_set1_ps(2.0f * kLog2e))), one = _mm512_set1_ps(1.0f);
+  return _mm512_mul_ps(_mm512_div_ps(_mm512_sub_ps(e, one), _mm512_add_ps(e, one)), _mm512_set1_ps(softcap));
+}
+
+// One row's scores in log2 units, -inf where hidden. Returns the highest.
+inline float scale_row(float* scores, const Work& work, int64_t first_key, int count, int64_t position) {
+  const int64_t seen = position - first_key + 1, window = work.window ? seen - work.window : 0;
+  const int to = static_cast<int>(seen < 0 ? 0 : seen < count ? seen : count);
+  const int from = static_cast<int>(window < 0 ? 0 : window < kTile ? window : kTile);
+  const __m512 factor = _mm512_set1_ps(work.softcap != 0.0f ? work.scale : work.scale * kLog2e);
+  __m512 x[kGroups];
+  for (int i = 0; i < kGroups; ++i) {
+    x[i] = _mm512_mul_ps(_mm512_load_ps(scores + i * kSide), factor);
+    if (work.softcap != 0.0f) x[i] = _mm512_mul_ps(capped(x[i], work.softcap), _mm512_set1_ps(kLog2e));
+  }
+  if (from > 0 || to < kTile) {
+    const uint64_t below = to == 64 ? ~uint64_t{0} : (uint64_t{1} << to) - 1;
+    const uint64_t seen_keys = from < 64 ? below & (~uint64_t{0} << from) : 0;
+    for (int i = 0; i < kGroups; ++i)
+      x[i] = _mm512_mask_mov_ps(_mm512_set1_ps(kNone), static_cast<__mmask16>(seen_keys >> (i * kSide)), x[i]);
+  }
+  for (int i = 0; i < kGroups; ++i) _mm512_store_ps(scores + i * kSide, x[i]);
+  return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3])));
+}
+
+// Scores of a tile become weights; what was summed before is brought to the new maxima.
+void weigh(const Scratch& s, const Work& work, int64_t first_key, int count, int D) {
+  static_assert(kTile == 64 && kGroups == 4);
+  const int rows = work.num_rows;
+  for (int r = 0; r < rows; ++r)
+    s.base[r] = scale_row(s.scores + r * kTile, work, first_key, count, work.position[r]);
+  for (int r = 0; r < rows; r += kSide) {
+    const __m512 before = _mm512_load_ps(s.maximum + r), now = _mm512_max_ps(before, _mm512_load_ps(s.base + r));
+    const __m512 base = _mm512_mask_mov_ps(now, _mm512_cmp_ps_mask(now, _mm512_set1_ps(kNone), _CMP_EQ_OQ),
+                                           _mm512_setzero_ps());
+    _mm512_store_ps(s.maximum + r, now);
+    _mm512_store_ps(s.base + r, base);
+    _mm512_store_ps(s.factor + r, exp2(_mm512_sub_ps(before, base)));
+  }
   for (int r = 0; r < rows; ++r) {
-    __builtin_memset(q + r * padded, 0, padded * 2);
-    __builtin_memcpy(q + r * padded, work.q[r], D * 2);
-  }
-  start(work, out, padded, maximum, sum);
-  Rows located[2];
-  Rows *now = &located[0], *next = &located[1];
-  locate(*next, work, work.begin);
-  for (int64_t first = work.begin; first < work.end; first += kTile) {
-    Rows* const done = now;
-    now = next;
-    next = done;
-    locate(*next, work, first + kTile);
-    pair_keys(keys, *now, *next, D, padded);
-    pair_values(values, *now, *next, D, padded);
-    score(scores, q, keys, rows, padded);
-    for (int r = 0; r < rows; ++r) {
-      float* weights = scores + r * kTile;
-      const float factor = weigh(weights, first, work.position[r], work, maximum[r], sum[r]);
-      split(high + r * kTile, low + r * kTile, weights);
-      if (factor == 1.0f) continue;
-      for (int d = 0; d < padded; d += W) {
-        float* to = out + r * padded + d;
-        store(to, load<Float>(to) * factor);
-      }
+    const float* x = s.scores + r * kTile;
+    const __m512 base = _mm512_set1_ps(s.base[r]);
+    const __m512 a = exp2(_mm512_sub_ps(_mm512_load_ps(x), base)), b = exp2(_mm512_sub_ps(_mm512_load_ps(x + 16), base));
+    const __m512 c = exp2(_mm512_sub_ps(_mm512_load_ps(x + 32), base));
+    const __m512 d = exp2(_mm512_sub_ps(_mm512_load_ps(x + 48), base));
+    const __m512 added = _mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d));
+    float* sums = s.sums + r * 16;
+    _mm512_store_ps(sums, _mm512_fmadd_ps(_mm512_load_ps(sums), _mm512_set1_ps(s.factor[r]), added));
+    char* weights = reinterpret_cast<char*>(s.weights + r * kTile);
+    _mm512_store_si512(weights, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    _mm512_store_si512(weights + 64, (__m512i)_mm512_cvtne2ps_pbh(d, c));
+    if (s.factor[r] == 1.0f) continue;
+    const __m512 factor = _mm512_set1_ps(s.factor[r]);
+    for (int i = 0; i < D; i += 16) {
+      float* to = s.out + r * D + i;
+      _mm512_store_ps(to, _mm512_mul_ps(_mm512_load_ps(to), factor));
     }
-    accumulate(out, high, low, values, rows, padded);
   }
-  finish<Type::bf16>(work, out, padded, maximum, sum);
+}
+
+// A copy of the last 32 values with zeros after the first `count`: what lies there may be NaN, and 0 * NaN is.
+void copy_tail(char* to, const char* v, int count, int D) {
+  for (int i = 0; i < D / 16; ++i, to += kPackedTile, v += kPackedTile) {
+    __builtin_memset(to, 0, kPackedTile);
+    __builtin_memcpy(to, v, count / 2 * 64);
+    if (count % 2) {
+      const __m512i pairs = _mm512_loadu_si512(v + count / 2 * 64);
+      _mm512_storeu_si512(to + count / 2 * 64, _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff)));
+    }
+  }
+}
+
+// out[rows][D] += weights @ values
+void accumulate(const Scratch& s, const Located& at, int rows, int D) {
+  const int groups = (at.count + kPackedValues - 1) / kPackedValues;
+  const char* v[kGroups / 2];
+  for (int g = 0; g < groups; ++g) v[g] = at.v[g];
+  if (at.count % kPackedValues) {
+    copy_tail(s.tail, v[groups - 1], at.count % kPackedValues, D);
+    v[groups - 1] = s.tail;
+  }
+  for (int r = 0; r < rows; r += kSide) {
+    const uint16_t* weights = s.weights + r * kTile;
+    int d = 0;
+    for (; d + 64 <= D; d += 64) {
+      float* to = s.out + r * D + d;
+      _tile_loadd(0, to, D * 4);
+      _tile_loadd(1, to + 16, D * 4);
+      _tile_loadd(2, to + 32, D * 4);
+      _tile_loadd(3, to + 48, D * 4);
+      for (int g = 0; g < groups; ++g) {
+        const char* b = v[g] + d / 16 * kPackedTile;
+        _tile_loadd(4, weights + g * 32, kTile * 2);
+        _tile_loadd(5, b, 64);
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(6, b + kPackedTile, 64);
+        _tile_dpbf16ps(1, 4, 6);
+        _tile_loadd(5, b + 2 * kPackedTile, 64);
+        _tile_dpbf16ps(2, 4, 5);
+        _tile_loadd(6, b + 3 * kPackedTile, 64);
+        _tile_dpbf16ps(3, 4, 6);
+      }
+      _tile_stored(0, to, D * 4);
+      _tile_stored(1, to + 16, D * 4);
+      _tile_stored(2, to + 32, D * 4);
+      _tile_stored(3, to + 48, D * 4);
+    }
+    if (d < D) {  // 32 more
+      float* to = s.out + r * D + d;
+      _tile_loadd(0, to, D * 4);
+      _tile_loadd(1, to + 16, D * 4);
+      for (int g = 0; g < groups; ++g) {
+        const char* b = v[g] + d / 16 * kPackedTile;
+        _tile_loadd(4, weights + g * 32, kTile * 2);
+        _tile_loadd(5, b, 64);
+        _tile_dpbf16ps(0, 4, 5);
+        _tile_loadd(6, b + kPackedTile, 64);
+        _tile_dpbf16ps(1, 4, 6);
+      }
+      _tile_stored(0, to, D * 4);
+      _tile_stored(1, to + 16, D * 4);
+    }
+  }
+}
+
+// A row's state: 16 lanes of its denominator, its maximum, padding, then its sums.
+void start(const Scratch& s, const Work& work, int D) {
+  for (int r = 0; r < (work.num_rows + kSide - 1) / kSide * kSide; ++r) {
+    const float* state = r < work.num_rows && !work.store_state ? work.state[r] : nullptr;
+    s.maximum[r] = state ? state[16] : kNone;
+    _mm512_store_ps(s.sums + r * 16, state ? _mm512_loadu_ps(state) : _mm512_setzero_ps());
+    if (state) __builtin_memcpy(s.out + r * D, state + kStateHeader, D * sizeof(float));
+    else __builtin_memset(s.out + r * D, 0, D * sizeof(float));
+    if (r < work.num_rows) __builtin_memcpy(s.q + r * D, work.q[r], D * 2);
+    else __builtin_memset(s.q + r * D, 0, D * 2);
+  }
+}
+
+void finish(const Scratch& s, const Work& work, int D) {
+  for (int r = 0; r < work.num_rows; ++r) {
+    const float* out = s.out + r * D;
+    const __m512 sums = _mm512_load_ps(s.sums + r * 16);
+    if (work.store_state) {
+      _mm512_storeu_ps(work.state[r], sums);
+      work.state[r][16] = s.maximum[r];
+      __builtin_memcpy(work.state[r] + kStateHeader, out, D * sizeof(float));
+      continue;
+    }
+    const float sum = _mm512_reduce_add_ps(sums);
+    float scale = 1.0f / sum;
+    if (work.has_sinks) {
+      const float sink = work.sink[r] * kLog2e, most = sink > s.maximum[r] ? sink : s.maximum[r];
+      const float own = exp2(s.maximum[r] - most);
+      scale = own / (sum * own + exp2(sink - most));
+    }
+    char* to = static_cast<char*>(work.out[r]);
+    for (int d = 0; d < D; d += 32) {
+      const __m512 low = _mm512_mul_ps(_mm512_load_ps(out + d), _mm512_set1_ps(scale));
+      const __m512 high = _mm512_mul_ps(_mm512_load_ps(out + d + 16), _mm512_set1_ps(scale));
+      _mm512_storeu_si512(to + d * 2, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
+  }
+}
+
+// One item on its way through the keys.
+struct Lane {
+  const Work* work;
+  Scratch scratch;
+  int64_t first;
+  Located now, next;
+};
+
+// Each step is taken for all lanes before the next one: a step waits for the last, the lanes do not for each other.
+void attend_lanes(const Work* works, int count, float* scratch) {
+  const int D = works->head_dim;
+  const int64_t key_step = works->block_size / kPackedKeys * kPackedTile;
+  const int64_t lane_floats = scratch_floats(D) / kLanes / 16 * 16;
+  Lane* lanes[kLanes];
+  alignas(Lane) char room[kLanes * sizeof(Lane)];
+  for (int i = 0; i < count; ++i) {
+    lanes[i] = new (room + i * sizeof(Lane)) Lane{works + i, Scratch(scratch + i * lane_floats, D, count > 1), works[i].begin, {}, {}};
+    start(lanes[i]->scratch, works[i], D);
+    locate(lanes[i]->next, works[i], works[i].begin);
+  }
+  for (int active = count; active > 0;) {
+    // A lane that has ended gives its place to the last one.
+    for (int i = 0; i < active;) {
+      if (lanes[i]->first < lanes[i]->work->end) ++i;
+      else std::swap(lanes[i], lanes[--active]);
+    }
+    for (int i = 0; i < active; ++i) {
+      Lane& lane = *lanes[i];
+      lane.now = lane.next;
+      locate(lane.next, *lane.work, lane.first + kTile);
+      prefetch(lane.next, *lane.work);
+      score(lane.scratch, lane.now, lane.work->num_rows, D, key_step);
+    }
+    for (int i = 0; i < active; ++i)
+      weigh(lanes[i]->scratch, *lanes[i]->work, lanes[i]->first, lanes[i]->now.count, D);
+    for (int i = 0; i < active; ++i) {
+      accumulate(lanes[i]->scratch, lanes[i]->now, lanes[i]->work->num_rows, D);
+      lanes[i]->first += kTile;
+    }
+  }
+  for (int i = 0; i < count; ++i) finish(lanes[i]->scratch, *lanes[i]->work, D);
 }
 
 }  // namespace
 
 // The tiles' shape is the thread's: others (oneDNN) find theirs as they left it.
-void attend(const Work& work, float* scratch) {
-  const TileConfig ours;
+void attend(const Work* works, int count, float* scratch) {
+  int rows = 0;
+  for (int i = 0; i < count; ++i) rows = works[i].num_rows > rows ? works[i].num_rows : rows;
+  const TileConfig ours(rows < kSide ? rows : kSide);
   TileConfig theirs;
   _tile_storeconfig(&theirs);
   _tile_loadconfig(&ours);
-  attend_rows(work, scratch);
+  attend_lanes(works, count, scratch);
   if (theirs.palette) _tile_loadconfig(&theirs);
   else _tile_release();
 }
 
-}  // namespace ISA
+}  // namespace amx
 }  // namespace cpu_ops

@@ -122,12 +122,12 @@ template <Type type> void attend_typed(const Work& work, float* scratch) {
 
 }  // namespace
 
-void attend(const Work& work, float* scratch) {
-  switch (work.type) {
-    case Type::f32: return attend_typed<Type::f32>(work, scratch);
-    case Type::f16: return attend_typed<Type::f16>(work, scratch);
-    case Type::bf16: return attend_typed<Type::bf16>(work, scratch);
-  }
+void attend(const Work* works, int count, float* scratch) {
+  for (const Work* work = works; work < works + count; ++work) switch (work->type) {
+      case Type::f32: attend_typed<Type::f32>(*work, scratch); break;
+      case Type::f16: attend_typed<Type::f16>(*work, scratch); break;
+      case Type::bf16: attend_typed<Type::bf16>(*work, scratch); break;
+    }
 }
 
 }  // namespace ISA

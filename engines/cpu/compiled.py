@@ -6,9 +6,27 @@ import torch
 from torch import Tensor
 
 from engines.batch import Batch, PrefixGroup
+from engines.cpu import memory
 from engines.ops import activation, kv_cache, norm, rotary
 from engines.ops import attention as reference
 from engines.ops.kv_cache import KVCache
+
+
+class PackedKVCache(KVCache):
+    """Keys and values of each block in tiles that the matrix unit multiplies by as they lie: csrc/cpu/packed.h.
+
+    The tensors' shapes are the plain ones, but for what their last two dimensions mean.
+    """
+
+
+def allocate_kv_cache(
+    num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> KVCache:
+    """As the reference, in huge pages; packed for bfloat16 where the processor has a matrix unit."""
+    plain = memory.allocate_kv_cache(num_blocks, block_size, num_kv_heads, head_dim, dtype, device)
+    if dtype != torch.bfloat16 or head_dim % 32 or block_size % 32 or not torch.ops.cpu_ops.packs_kv():
+        return plain
+    return PackedKVCache(plain.k, plain.v)
 
 
 def paged_attention(
@@ -40,6 +58,7 @@ def paged_attention(
         softmax_scale,
         window_size,
         softcap,
+        isinstance(cache, PackedKVCache),
     )
     return result
 
@@ -81,6 +100,9 @@ def write_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None
     """As the reference."""
     if k.dtype == torch.float64 or k.dtype != cache.k.dtype:
         return kv_cache.write_kv(k, v, cache, slot_mapping)
+    if isinstance(cache, PackedKVCache):
+        torch.ops.cpu_ops.write_kv_packed(k, v, cache.k, cache.v, slot_mapping)
+        return None
     torch.ops.cpu_ops.write_kv(k, v, cache.k, cache.v, slot_mapping)
 
 

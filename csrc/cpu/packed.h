@@ -1,0 +1,18 @@
+// The packed form of a bfloat16 cache block: tiles that the matrix unit (AMX) multiplies by as they lie, 1 KiB each.
+// Source of the layout: Intel 64 and IA-32 Architectures Software Developer's Manual, volume 2, TDPBF16PS: the second
+// factor has pairs of rows interleaved.
+//
+// Keys of one block and KV head:   [D / 32][block_size / 16] tiles of [16 pairs of d][16 keys][2]
+// Values:                          [block_size / 32][D / 16] tiles of [16 pairs of keys][16 of d][2]
+// As many bytes as the plain form. D and block_size are multiples of 32.
+#pragma once
+
+#include <stdint.h>
+
+namespace cpu_ops {
+
+constexpr int kPackedKeys = 16;    // keys of a tile
+constexpr int kPackedValues = 32;  // values of a tile
+constexpr int64_t kPackedTile = 1024;
+
+}  // namespace cpu_ops
