@@ -1,7 +1,8 @@
-"""Builds the compiled library of CPU ops, engines/_cpu_ops.so, where it can; says what it leaves out and why.
+"""Builds the compiled libraries of ops, engines/_{cpu,cuda}_ops.so, where it can; says what it leaves out and why.
 
-It is a plain shared library on torch's stable ABI without Python symbols: one build serves every Python, and torch from
-2.11 on. Nothing is downloaded, torch is not imported. CXX chooses the compiler; DISABLE_CPU_EXTENSION=1 leaves it out.
+They are plain shared libraries on torch's stable ABI without Python symbols: one build serves every Python, and torch
+from 2.11 on. Nothing is downloaded, torch is not imported. CXX chooses the compiler, DISABLE_CPU_EXTENSION=1 leaves the
+CPU's out; how the CUDA one is built, and what chooses it, is in csrc/cuda_build.py.
 """
 
 from __future__ import annotations
@@ -19,9 +20,15 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))  # as pip runs this file, its own folder is not where Python looks
+
+from csrc import cuda_build  # noqa: E402
+
+CUDA = "engines._cuda_ops"
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
 HEADERS = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").glob("*.h"))
+CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in cuda_build.FOLDER.glob("*.cu*"))
 KERNEL_SUFFIX = "_kernel.cpp"
 """Sources compiled once for each instruction set; the others choose among them at run time."""
 X86_FLAGS = {
@@ -29,8 +36,9 @@ X86_FLAGS = {
     "avx2": ("-mavx2", "-mfma"),
     "baseline": (),
 }
-X86_SOURCES = {"attention_amx": ("amx", (*X86_FLAGS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"))}
-"""Sources for one instruction set only: its name and its flags."""
+AMX_SUFFIX = "_amx.cpp"
+"""Sources for the matrix unit only."""
+AMX_FLAGS = (*X86_FLAGS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
 TARGET_VERSION = "0x020b000000000000"
 FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter")
 
@@ -71,11 +79,19 @@ class BuildExt(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
-        why = left_out() or self.compile(target)
+        if ext.name == CUDA:
+            why, remedy = cuda_build.left_out(torch_folder()) or self.compile_cuda(target), "The CUDA engine cannot run"
+        else:
+            why, remedy = left_out() or self.compile(target), "The CPU engine will run on plain torch, slower"
         if why is not None:
             target.unlink(missing_ok=True)  # one of an earlier build would be taken for this one's
             (ROOT / self.get_ext_filename(ext.name)).unlink(missing_ok=True)
-            print(f"{target.name} is left out: {why}. The CPU engine will run on plain torch, slower.", file=sys.stderr)
+            print(f"{target.name} is left out: {why}. {remedy}.", file=sys.stderr)
+
+    def compile_cuda(self, target: Path) -> str | None:
+        torch = torch_folder()
+        assert torch is not None
+        return cuda_build.compile(target, Path(self.build_temp).absolute() / "cuda", torch)
 
     def compile(self, target: Path) -> str | None:
         """Compiles and links; returns what went wrong, or None."""
@@ -109,8 +125,8 @@ class BuildExt(build_ext):
 
 def variants(source: str, x86: bool) -> list[tuple[str, tuple[str, ...]]]:
     """The instruction sets that a source is compiled for, each with its compiler flags."""
-    if Path(source).stem in X86_SOURCES:
-        return [X86_SOURCES[Path(source).stem]] if x86 else []
+    if source.endswith(AMX_SUFFIX):
+        return [("amx", AMX_FLAGS)] if x86 else []
     if source.endswith(KERNEL_SUFFIX) and x86:
         return list(X86_FLAGS.items())
     return [("baseline", ())]
@@ -126,6 +142,9 @@ def run(command: list[str]) -> str | None:
 
 
 setup(
-    ext_modules=[Extension("engines._cpu_ops", SOURCES, depends=HEADERS, optional=True)],
+    ext_modules=[
+        Extension("engines._cpu_ops", SOURCES, depends=HEADERS, optional=True),
+        Extension(CUDA, CUDA_SOURCES, depends=[*HEADERS, *CUDA_SOURCES], optional=True),
+    ],
     cmdclass={"build_ext": BuildExt},
 )

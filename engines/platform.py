@@ -131,12 +131,13 @@ def driver_present() -> bool:
 def installed_extensions() -> frozenset[str]:
     """Compiled libraries that lie in the engines folder, by name; says nothing about whether they load.
 
-    DISABLE_CPU_EXTENSION=1 leaves the CPU's out, as engines.extension does.
+    DISABLE_CPU_EXTENSION=1 and DISABLE_CUDA_ENGINE=1 leave them out, as engines.extension does.
     """
     folder = Path(__file__).parent
     patterns = {CPU_EXTENSION: "_cpu_ops*", CUDA_EXTENSION: "_cuda_ops*"}
-    if os.environ.get("DISABLE_CPU_EXTENSION", "0") not in ("", "0"):
-        del patterns[CPU_EXTENSION]
+    for name, disable in ((CPU_EXTENSION, "DISABLE_CPU_EXTENSION"), (CUDA_EXTENSION, "DISABLE_CUDA_ENGINE")):
+        if os.environ.get(disable, "0") not in ("", "0"):
+            del patterns[name]
     suffixes = (".so", ".dylib", ".dll", ".pyd")
     return frozenset(
         name for name, pattern in patterns.items() if any(f.suffix in suffixes for f in folder.glob(pattern))

@@ -1,12 +1,12 @@
-"""What the CUDA engine offers on a host. Its op set is not part of this version: no op is offered, and it says so."""
+"""What the CUDA engine offers on a host: what its library says that it was compiled for, and what torch does for it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from engines.api import EngineConfig
-from engines.capability import Allowed, Offer
-from engines.discover import names
+from engines.capability import DENSE_ONLY, Allowed, Offer, one_of
+from engines.cuda import table
 from engines.platform import CUDA_EXTENSION, Host, cuda_blockers
 
 
@@ -16,19 +16,42 @@ class Config(EngineConfig):
 
 
 MINIMUM = (8, 0)
-OPS: dict[str, dict[str, Allowed]] = {}
+DTYPES = one_of("float32", "bfloat16", "float16")
+TORCH: dict[str, dict[str, Allowed]] = {
+    "linear": {"dtype": DTYPES, "quantization": DENSE_ONLY},
+    "embedding": {"dtype": DTYPES},
+}
+"""Ops that are one call of torch's own kernels: cuBLAS, a gather."""
+REFERENCE: dict[str, dict[str, Allowed]] = {
+    "softcap": {},
+    "sample": {},
+    "apply_penalties": {},
+    "log_softmax_gather": {},
+    "top_logprobs": {},
+}
+"""Ops without a kernel here: right, but slow."""
 
 
 def offers(host: Host) -> Offer:
     blockers = cuda_blockers(host, MINIMUM)
-    if "opset" not in names("engines.cuda"):
-        blockers.append("the cuda engine is not part of this version: there is no engines/cuda/opset.py")
-    elif CUDA_EXTENSION not in host.extensions:
+    text = None
+    if CUDA_EXTENSION in host.extensions:
+        text = table.FULL if host.described else table.read()
+    compiled = table.parse(text) if text is not None else None
+    sm = host.compute_capability
+    if compiled is None:
         blockers.append("compiled extension absent: reinstall with nvcc on PATH")
+    elif not blockers and sm is not None and not compiled.serves(sm):
+        blockers.append(
+            f"{table.LIBRARY.name} was compiled for sm {', '.join(map(str, compiled.sm))}, this device is sm "
+            f"{sm[0]}.{sm[1]}: reinstall with CSRC_CUDA_ARCHS unset, or with this one in it"
+        )
+    ops = compiled.ops if compiled is not None else {}
     return Offer(
         engine="cuda",
-        ops=OPS,
+        ops={**REFERENCE, **TORCH, **ops, "parallelism": {name: one_of(1) for name in ("tp", "dp", "ep")}},
         blockers=tuple(blockers),
-        sm=host.compute_capability,
+        sm=sm,
         since={"bfloat16": (8, 0), "fp8": (8, 9)},
+        reference=frozenset(REFERENCE) - frozenset(ops),
     )

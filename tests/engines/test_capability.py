@@ -190,10 +190,9 @@ def test_engines_that_are_not_built_say_so(backend: str) -> None:
     assert (sentence in module.offers(h200).blockers) is not built
 
 
-def test_an_absent_extension_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_absent_extension_is_named() -> None:
     from engines.cuda import offers
 
-    monkeypatch.setattr(offers, "names", lambda package: ["offers", "opset"])
     host = Host("this", "cuda", compute_capability=(9, 0))
     assert offers.offers(host).blockers == ("compiled extension absent: reinstall with nvcc on PATH",)
     assert offers.offers(Host("this", "cuda", compute_capability=(7, 5))).blockers[0] == "sm 7.5 < 8.0"

@@ -212,7 +212,9 @@ def test_every_combination_has_a_verdict_or_a_named_error(architecture: str, hos
         config["quantization_config"] = QUANTIZATIONS[quantization]
         known = architecture in discover.transformers_causal_architectures()
         runnable = architecture != "NobodyForCausalLM" and quantization == "none" and not adapters
-        runnable = runnable and backend != "cuda" and (host != "tiny memory" or architecture == "GPT2LMHeadModel")
+        if backend == "cuda":
+            runnable = runnable and host in ("sm80", "sm90") and dtype != "float32" and architecture[:4] != "GPT2"
+        runnable = runnable and (host != "tiny memory" or architecture == "GPT2LMHeadModel")
         try:
             plan = resolve(asked, checkpoint(**config), HOSTS[host], "generate", known)
         except EngineError as error:
@@ -220,9 +222,9 @@ def test_every_combination_has_a_verdict_or_a_named_error(architecture: str, hos
             check_sentences(str(error), architecture, quantization, host, dtype, adapters, backend)
         else:
             assert runnable
-            assert plan.settings.backend == "cpu"
+            assert plan.settings.backend == ("cuda" if backend == "cuda" else "cpu")
             assert plan.settings.implementation == ("transformers" if architecture.startswith("GPT2") else "native")
-            assert json.loads(json.dumps(plan.to_dict()))["settings"]["backend"] == "cpu"
+            assert json.loads(json.dumps(plan.to_dict()))["settings"]["backend"] == plan.settings.backend
 
 
 def check_sentences(

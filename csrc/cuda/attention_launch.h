@@ -1,0 +1,34 @@
+// Launches of the attention kernels, one source each, so that they compile side by side.
+#pragma once
+
+#include <primitives.cuh>
+
+#include "attention.h"
+#include "tensors.h"
+
+namespace cuda_ops {
+
+// head_dim is one of CUDA_OPS_HEAD_DIMS. grid_x: blocks along the pieces of work.
+void launch_decode(ScalarType type, int head_dim, int grid_x, const Place& place, const AttentionParams& params);
+// num_tokens: bound for those of sequences with more than one new token.
+void launch_prefill(ScalarType type, int head_dim, int64_t num_tokens, const Place& place,
+                    const AttentionParams& params);
+
+// Calls function(head_dim as a constant) if it is one that kernels were compiled for, else raises.
+template <class Function> void with_head_dim(int head_dim, const Function& function) {
+#define CUDA_OPS_CASE(D) \
+  if (head_dim == D) return function(std::integral_constant<int, D>{});
+  CUDA_OPS_HEAD_DIMS(CUDA_OPS_CASE)
+#undef CUDA_OPS_CASE
+#define CUDA_OPS_NAME(D) " " #D
+  STD_TORCH_CHECK(false, "head_dim: ", head_dim, "; expected one of" CUDA_OPS_HEAD_DIMS(CUDA_OPS_NAME));
+#undef CUDA_OPS_NAME
+}
+
+template <class Function> void with_half(ScalarType type, const Function& function) {
+  if (type == ScalarType::BFloat16) return function(Tag<bf16>{});
+  STD_TORCH_CHECK(type == ScalarType::Half, "q: expected float16 or bfloat16");
+  function(Tag<fp16>{});
+}
+
+}  // namespace cuda_ops

@@ -1,0 +1,191 @@
+// Kernels that read and write each value about once, and so are as fast as the memory: rms_norm, add_rms_norm,
+// act_and_mul, rope, write_kv. Contracts: engines/ops/{norm,activation,rotary,kv_cache}.py.
+//
+// V: values that a thread loads at once, 16 bytes of them where addresses and sizes allow, else 1.
+#pragma once
+
+#include <primitives.cuh>
+
+#include <cmath>
+
+namespace cuda_ops {
+
+template <class T, int V> struct alignas(sizeof(T) * V) Vector { T v[V]; };
+
+template <class T, int V> __device__ __forceinline__ Vector<T, V> load(const T* from) {
+  return *reinterpret_cast<const Vector<T, V>*>(from);
+}
+template <class T, int V> __device__ __forceinline__ void store(T* to, const Vector<T, V>& value) {
+  *reinterpret_cast<Vector<T, V>*>(to) = value;
+}
+
+// ---- norms ----
+
+// Row r of x is row r % inner of group r / inner, so that heads of a wider projection need no copy.
+template <class T> struct NormParams {
+  const T* x;          // [rows, size]
+  const T* residual;   // the same, dense; null: none
+  const T* weight;     // [size]
+  T* out;              // [rows, size], dense
+  T* total;            // [rows, size], dense: x + residual; unused without residual
+  int64_t rows, inner, outer_stride, inner_stride;
+  int size;
+  float eps, weight_offset;
+};
+
+// The sum over the threads of one row. `slots` holds a float for each warp of the block.
+__device__ __forceinline__ float sum_of_row(float x, float* slots, int warps_of_row) {
+#pragma unroll
+  for (int by = 16; by; by /= 2) x += __shfl_xor_sync(~0u, x, by);
+  if (warps_of_row == 1) return x;
+  const int thread = threadIdx.x;
+  if (thread % 32 == 0) slots[thread / 32] = x;
+  __syncthreads();
+  x = 0.0f;
+  for (int i = 0; i < warps_of_row; ++i) x += slots[i];
+  return x;
+}
+
+// Grid: rows / blockDim.y blocks. Threads: (x: of one row, a warp for short rows or 256, y: rows; more than one only
+// when a row has one warp). Shared memory: a float a warp. Moves: x, residual, out, total once, the second reading of x
+// or total comes out of the first-level cache.
+template <class T, int V> __global__ void __launch_bounds__(256) norm_kernel(NormParams<T> p) {
+  float* slots = reinterpret_cast<float*>(shared_memory());
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y;
+  const int64_t at = row < p.rows ? row : p.rows - 1;  // threads past the end repeat the last row, for its shuffles
+  const bool own = row < p.rows;
+  const T* x = p.x + at / p.inner * p.outer_stride + at % p.inner * p.inner_stride;
+  const int64_t begin = at * p.size;
+  const int step = blockDim.x * V;
+  float squares = 0.0f;
+  for (int i = threadIdx.x * V; i < p.size; i += step) {
+    Vector<T, V> a = load<T, V>(x + i);
+    if (p.residual) {
+      const Vector<T, V> b = load<T, V>(p.residual + begin + i);
+#pragma unroll
+      for (int j = 0; j < V; ++j) a.v[j] = from_float<T>(add(to_float(a.v[j]), to_float(b.v[j])));
+      if (own) store<T, V>(p.total + begin + i, a);
+    }
+#pragma unroll
+    for (int j = 0; j < V; ++j) squares += to_float(a.v[j]) * to_float(a.v[j]);
+  }
+  const float mean = sum_of_row(squares, slots, blockDim.x / 32) / p.size;
+  const float scale = 1.0f / sqrtf(mean + p.eps);
+  if (!own) return;
+  const T* from = p.residual ? p.total + begin : x;
+  for (int i = threadIdx.x * V; i < p.size; i += step) {
+    Vector<T, V> a = load<T, V>(from + i);
+    const Vector<T, V> w = load<T, V>(p.weight + i);
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      const float normed = to_float(a.v[j]) * scale, weight = to_float(w.v[j]);
+      a.v[j] = p.weight_offset != 0.0f ? from_float<T>(normed * (p.weight_offset + weight))
+                                       : from_float<T>(weight * to_float(from_float<T>(normed)));
+    }
+    store<T, V>(p.out + begin + i, a);
+  }
+}
+
+// ---- gated activation ----
+
+enum class Activation { silu, gelu, gelu_tanh, relu };
+
+__device__ __forceinline__ float activate(float x, Activation name) {
+  switch (name) {
+    case Activation::silu: return x / (1.0f + expf(-x));
+    case Activation::gelu: return 0.5f * x * (1.0f + erff(x * 0.70710678118654752f));
+    case Activation::gelu_tanh:
+      return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
+    default: return x > 0.0f || x != x ? x : 0.0f;  // NaN stays NaN
+  }
+}
+
+template <class T> struct GateParams {
+  const T* gate_up;  // [rows, 2 * size]
+  T* out;            // [rows, size], dense
+  int64_t rows, row_stride;
+  int size;
+  Activation name;
+};
+
+// Grid: (pieces of a row, rows). Threads: 256. Moves 3 * size values a row.
+template <class T, int V> __global__ void __launch_bounds__(256) gate_kernel(GateParams<T> p) {
+  const int i = (blockIdx.x * blockDim.x + threadIdx.x) * V;
+  if (i >= p.size) return;
+  for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
+    const T* gate = p.gate_up + row * p.row_stride + i;
+    Vector<T, V> a = load<T, V>(gate);
+    const Vector<T, V> b = load<T, V>(gate + p.size);
+#pragma unroll
+    for (int j = 0; j < V; ++j)
+      a.v[j] = from_float<T>(to_float(from_float<T>(activate(to_float(a.v[j]), p.name))) * to_float(b.v[j]));
+    store<T, V>(p.out + row * p.size + i, a);
+  }
+}
+
+// ---- rotary embedding ----
+
+template <class T> struct RopeParams {
+  T* q;                      // [num_tokens, num_heads, head_dim]
+  T* k;                      // [num_tokens, num_kv_heads, head_dim]
+  const int64_t* positions;  // [num_tokens]
+  const T* cos_sin;          // [max_position, 2 * half]
+  int64_t q_token_stride, q_head_stride, k_token_stride, k_head_stride, max_position;
+  int num_heads, num_kv_heads, half;
+};
+
+// Every product and the sum rounded to T, as the reference has them.
+template <class T> __device__ __forceinline__ T rotate(T a, T cos, T b, T sin, float sign) {
+  const float first = to_float(from_float<T>(multiply(to_float(a), to_float(cos))));
+  const float second = to_float(from_float<T>(multiply(to_float(b), to_float(sin))));
+  return from_float<T>(add(first, sign * second));
+}
+
+// Grid: a block a token. Threads: 128, each takes V frequencies of a head at a time. Moves q and k twice.
+template <class T, int V> __global__ void __launch_bounds__(128) rope_kernel(RopeParams<T> p) {
+  const int64_t token = blockIdx.x, position = p.positions[token];
+  if (position < 0 || position >= p.max_position) return;  // the padding of a captured batch
+  const T* cos = p.cos_sin + position * 2 * p.half;
+  const int pieces = p.half / V, count = (p.num_heads + p.num_kv_heads) * pieces;
+  for (int i = threadIdx.x; i < count; i += blockDim.x) {
+    const int head = i / pieces, at = i % pieces * V;
+    T* x = head < p.num_heads ? p.q + token * p.q_token_stride + head * p.q_head_stride
+                              : p.k + token * p.k_token_stride + (head - p.num_heads) * p.k_head_stride;
+    const Vector<T, V> c = load<T, V>(cos + at), s = load<T, V>(cos + p.half + at);
+    const Vector<T, V> first = load<T, V>(x + at), second = load<T, V>(x + p.half + at);
+    Vector<T, V> one, two;
+#pragma unroll
+    for (int j = 0; j < V; ++j) {
+      one.v[j] = rotate(first.v[j], c.v[j], second.v[j], s.v[j], -1.0f);
+      two.v[j] = rotate(second.v[j], c.v[j], first.v[j], s.v[j], 1.0f);
+    }
+    store<T, V>(x + at, one);
+    store<T, V>(x + p.half + at, two);
+  }
+}
+
+// ---- cache ----
+
+template <class T> struct CacheWriteParams {
+  const T *k, *v;                // [num_tokens, num_kv_heads, head_dim]
+  T *k_cache, *v_cache;          // [num_blocks, num_kv_heads, block_size, head_dim], dense
+  const int64_t* slot_mapping;   // [num_tokens]; a negative slot is the padding of a captured batch
+  int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride, num_slots;
+  int num_kv_heads, block_size, head_dim;
+};
+
+// Grid: a block a token. Threads: 128. Moves k and v twice.
+template <class T, int V> __global__ void __launch_bounds__(128) cache_write_kernel(CacheWriteParams<T> p) {
+  const int64_t token = blockIdx.x, slot = p.slot_mapping[token];
+  if (slot < 0 || slot >= p.num_slots) return;
+  const int64_t block = slot / p.block_size, offset = slot % p.block_size;
+  const int pieces = p.head_dim / V;
+  for (int i = threadIdx.x; i < p.num_kv_heads * pieces; i += blockDim.x) {
+    const int head = i / pieces, at = i % pieces * V;
+    const int64_t to = ((block * p.num_kv_heads + head) * p.block_size + offset) * p.head_dim + at;
+    store<T, V>(p.k_cache + to, load<T, V>(p.k + token * p.k_token_stride + head * p.k_head_stride + at));
+    store<T, V>(p.v_cache + to, load<T, V>(p.v + token * p.v_token_stride + head * p.v_head_stride + at));
+  }
+}
+
+}  // namespace cuda_ops

@@ -1,0 +1,36 @@
+// The library's own account of what was compiled: a text that lies in its data, so that plans read it without loading
+// anything (engines/cuda/table.py). Each line: an op, an attribute, the values that it takes; `any` for all.
+
+#include <primitives.cuh>
+
+#include "attention.h"
+
+#ifndef CUDA_OPS_SM
+#define CUDA_OPS_SM ""
+#endif
+#define CUDA_OPS_NAME(D) " " #D
+#define CUDA_OPS_FLOATS " float32 bfloat16 float16\n"
+#define CUDA_OPS_HALVES " bfloat16 float16\n"
+
+extern "C" __attribute__((visibility("default"), used)) const char cuda_ops_table[] =
+    "cuda_ops table 1\n"
+    "sm " CUDA_OPS_SM "\n"
+    "rms_norm dtype" CUDA_OPS_FLOATS
+    "rms_norm weight_offset any\n"
+    "add_rms_norm dtype" CUDA_OPS_FLOATS
+    "add_rms_norm weight_offset any\n"
+    "rope dtype" CUDA_OPS_FLOATS
+    "rope head_dim any\n"
+    "rope rotary_dim any\n"
+    "rope kind any\n"
+    "write_kv dtype" CUDA_OPS_FLOATS
+    "write_kv head_dim any\n"
+    "act_and_mul dtype" CUDA_OPS_FLOATS
+    "act_and_mul activation silu gelu gelu_tanh relu\n"
+    "paged_attention dtype" CUDA_OPS_HALVES
+    "paged_attention head_dim" CUDA_OPS_HEAD_DIMS(CUDA_OPS_NAME) "\n"
+    "paged_attention group any\n"
+    "paged_attention window any\n"
+    "paged_attention softcap any\n"
+    "paged_attention sinks any\n"
+    "end\n";

@@ -1,0 +1,97 @@
+"""The ops of the CUDA engine: those of its compiled library, csrc/cuda, torch's own for products and look-ups."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from engines import extension, ops
+from engines.batch import Batch
+from engines.ops.kv_cache import KVCache
+
+COUNTERS = 1 << 16
+"""Pairs of sequence and KV head that one step may have: 1,024 sequences with 64 KV heads."""
+
+
+class OpSet(ops.OpSet):
+    """An op that is asked for a dtype or size that was not compiled raises; plans do not let it come to that."""
+
+    def __init__(self, library: Path | None = None) -> None:
+        """library: None for the installed one."""
+        extension.load(extension.CUDA if library is None else replace(extension.CUDA, path=library))
+        self._arrived: dict[torch.device, Tensor] = {}
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
+        """As the reference."""
+        shape = x.shape
+        x = x if x.dim() in (2, 3) else x.reshape(-1, shape[-1])
+        result: Tensor = torch.ops.cuda_ops.rms_norm(x, weight, eps, weight_offset)
+        return result.view(shape)
+
+    def add_rms_norm(
+        self, x: Tensor, residual: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0
+    ) -> tuple[Tensor, Tensor]:
+        """As the reference, in one pass."""
+        normed, total = torch.ops.cuda_ops.add_rms_norm(x, residual, weight, eps, weight_offset)
+        return normed, total
+
+    def act_and_mul(self, gate_up: Tensor, name: str) -> Tensor:
+        """As the reference."""
+        result: Tensor = torch.ops.cuda_ops.act_and_mul(gate_up, name)
+        return result
+
+    def rope(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
+        """As the reference. Tokens with a position outside the table are left as they are."""
+        torch.ops.cuda_ops.rope(q, k, positions, cos_sin)
+
+    def write_kv(self, k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
+        """As the reference. Tokens with a slot outside the cache are not stored."""
+        torch.ops.cuda_ops.write_kv(k, v, cache.k, cache.v, slot_mapping)
+
+    def paged_attention(
+        self,
+        q: Tensor,
+        cache: KVCache,
+        batch: Batch,
+        softmax_scale: float,
+        window_size: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """As the reference, for float16 and bfloat16; products and sums in float32, weights rounded to q's dtype.
+
+        A token's bits do not depend on the batch around it, nor on where its prompt was cut; but the one token of a
+        decoding sequence is summed in another order than it would be as the last one of a longer piece of prompt.
+        """
+        assert batch.block_tables is not None
+        result: Tensor = torch.ops.cuda_ops.paged_attention(
+            q if _even(q) else q.clone(memory_format=torch.contiguous_format),
+            cache.k,
+            cache.v,
+            batch.cu_seqlens_q,
+            batch.seq_lens,
+            batch.block_tables,
+            None if sinks is None else sinks.float(),
+            self._counters(q.device),
+            batch.max_seqlen_q,
+            batch.max_seqlen_k,
+            softmax_scale,
+            window_size,
+            softcap,
+        )
+        return result
+
+    def _counters(self, device: torch.device) -> Tensor:
+        """Zeros that every launch leaves as zeros. Made once: a captured graph keeps their address."""
+        if device not in self._arrived:
+            self._arrived[device] = torch.zeros(COUNTERS, dtype=torch.int32, device=device)
+        return self._arrived[device]
+
+
+def _even(q: Tensor) -> bool:
+    """Whether every head begins where 4 bytes do, as the kernels load it."""
+    strides = (stride for size, stride in zip(q.shape[:2], q.stride()[:2], strict=True) if size > 1)
+    return q.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in strides)

@@ -1,0 +1,324 @@
+// Runs the source of a CUDA kernel on the processor: one fiber a thread, blocks one after another, with the meaning that
+// barriers, shuffles and asynchronous copies have on the GPU.
+//
+// What is unspecified there varies here, so that a result that depends on it shows:
+//   EMULATOR_ORDER  forward, reverse, random:<seed> (threads resume in this order), warp:<seed> (one warp runs as far as
+//                   it can before another one moves); blocks run in this order too
+//   EMULATOR_COPIES late (an asynchronous copy lands when it is waited for), early (at once)
+// Shared memory has exactly the size that was launched with, on the heap, and starts as NaN. A barrier that not all
+// threads reach ends the process with the name of what they wait for.
+#pragma once
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  dim3(unsigned x_ = 1, unsigned y_ = 1, unsigned z_ = 1) : x(x_), y(y_), z(z_) {}
+};
+struct alignas(16) uint4 { uint32_t x, y, z, w; };
+struct alignas(8) uint2 { uint32_t x, y; };
+
+namespace emulator {
+
+extern "C" void emulator_switch(void** from, void* to);
+#if defined(__x86_64__)
+asm(R"(
+.text
+.weak emulator_switch
+.type emulator_switch,@function
+emulator_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+)");
+constexpr int kSavedRegisters = 6;
+#else
+#error "emulator: write emulator_switch for this processor"
+#endif
+
+constexpr size_t kStackBytes = 256 << 10;
+
+struct Copy {
+  void* to;
+  const void* from;
+  int group;
+  bool valid;
+};
+
+struct Barrier {
+  int arrived = 0;
+  uint64_t generation = 0;
+};
+
+struct Thread {
+  void* stack_pointer = nullptr;
+  dim3 index;
+  int number = 0;
+  bool done = false;
+  const char* waits_for = nullptr;
+  std::function<bool()> ready;  // when waits_for is set
+  std::vector<Copy> copies;
+  int copy_group = 0;
+};
+
+struct Warp {
+  alignas(16) unsigned char slots[32][128];
+  std::map<uint32_t, Barrier> barriers;
+};
+
+struct Block {
+  dim3 index, grid, size;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  Barrier barrier;
+  std::map<int, Barrier> named;
+  int alive = 0;
+  uint64_t events = 0;
+  std::unique_ptr<unsigned char[]> storage;
+  unsigned char* shared = nullptr;
+};
+
+inline Block* block = nullptr;
+inline Thread* thread = nullptr;
+inline void* scheduler_stack = nullptr;
+inline std::function<void()>* body = nullptr;
+
+[[noreturn]] inline void fail(const char* what) {
+  std::fprintf(stderr, "emulator: block (%u, %u, %u) thread %d: %s\n", block->index.x, block->index.y, block->index.z,
+               thread ? thread->number : -1, what);
+  std::abort();
+}
+
+inline void yield() { emulator_switch(&thread->stack_pointer, scheduler_stack); }
+
+inline void wait_until(std::function<bool()> ready, const char* what) {
+  block->events++;
+  if (ready()) return;
+  thread->ready = std::move(ready);
+  thread->waits_for = what;
+  yield();
+  thread->waits_for = nullptr;
+}
+
+inline void release(Barrier& barrier) {
+  barrier.arrived = 0;
+  barrier.generation++;
+  block->events++;
+}
+
+inline void arrive_and_wait(Barrier& barrier, int count, const char* what) {
+  if (++barrier.arrived == count) return release(barrier);
+  const uint64_t generation = barrier.generation;
+  wait_until([&barrier, generation] { return barrier.generation != generation; }, what);
+}
+
+inline void sync_block() { arrive_and_wait(block->barrier, block->alive, "__syncthreads"); }
+
+inline Warp& warp() { return block->warps[thread->number / 32]; }
+inline int lane() { return thread->number % 32; }
+
+inline void sync_warp(uint32_t mask) {
+  if (!(mask >> lane() & 1)) fail("a lane is not in the mask that it gives");
+  arrive_and_wait(warp().barriers[mask], std::popcount(mask), "a warp's barrier or exchange");
+}
+
+// Every lane of the mask shows `value`; `pick` makes this lane's result of what the others show.
+template <class T, class Pick> auto exchange(uint32_t mask, const T& value, const Pick& pick) {
+  static_assert(sizeof(T) <= sizeof(Warp::slots[0]));
+  Warp& own = warp();
+  std::memcpy(own.slots[lane()], &value, sizeof(T));
+  sync_warp(mask);
+  const auto result = pick([&](int other) -> const T& {
+    if (!(mask >> other & 1)) fail("reads a lane that is not in the mask");
+    return *reinterpret_cast<const T*>(own.slots[other]);
+  });
+  sync_warp(mask);
+  return result;
+}
+
+inline void land(const Copy& copy) {
+  if (copy.valid) std::memcpy(copy.to, copy.from, 16);
+  else std::memset(copy.to, 0, 16);
+}
+
+inline bool copies_land_early() {
+  const char* set = std::getenv("EMULATOR_COPIES");
+  return set && std::string(set) == "early";
+}
+
+inline void entry() {
+  (*body)();
+  thread->done = true;
+  block->events++;
+  if (--block->alive && block->barrier.arrived == block->alive) release(block->barrier);
+  yield();
+  std::abort();
+}
+
+class Order {
+ public:
+  Order() {
+    const char* set = std::getenv("EMULATOR_ORDER");
+    const std::string text = set ? set : "forward";
+    const size_t colon = text.find(':');
+    name_ = text.substr(0, colon);
+    if (colon != std::string::npos) random_.seed(std::atoi(text.c_str() + colon + 1));
+    if (name_ != "forward" && name_ != "reverse" && name_ != "random" && name_ != "warp") {
+      std::fprintf(stderr, "EMULATOR_ORDER: %s; expected forward, reverse, random:<seed> or warp:<seed>\n", set);
+      std::abort();
+    }
+  }
+  bool warps_run_ahead() const { return name_ == "warp"; }
+  std::vector<int> of(int count) {
+    std::vector<int> order(count);
+    std::iota(order.begin(), order.end(), 0);
+    if (name_ == "reverse") std::reverse(order.begin(), order.end());
+    if (name_ == "random" || name_ == "warp") std::shuffle(order.begin(), order.end(), random_);
+    return order;
+  }
+
+ private:
+  std::string name_;
+  std::mt19937 random_;
+};
+
+inline unsigned char* stack(int number) {
+  static std::vector<unsigned char*> stacks;
+  while (static_cast<int>(stacks.size()) <= number)
+    stacks.push_back(static_cast<unsigned char*>(mmap(nullptr, kStackBytes, PROT_READ | PROT_WRITE,
+                                                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0)));
+  return stacks[number];
+}
+
+inline void prepare(Thread& own, int number, dim3 size) {
+  own.number = number;
+  own.index = dim3(number % size.x, number / size.x % size.y, number / (size.x * size.y));
+  void** pointer = reinterpret_cast<void**>(stack(number) + kStackBytes - 64);
+  *--pointer = nullptr;
+  *--pointer = reinterpret_cast<void*>(entry);
+  for (int i = 0; i < kSavedRegisters; ++i) *--pointer = nullptr;
+  own.stack_pointer = pointer;
+}
+
+inline bool resume(int number) {
+  Thread& own = block->threads[number];
+  if (own.done || (own.waits_for && !own.ready())) return false;
+  thread = &own;
+  emulator_switch(&scheduler_stack, own.stack_pointer);
+  return true;
+}
+
+inline void run_block(Order& order) {
+  const int count = static_cast<int>(block->threads.size());
+  while (block->alive) {
+    const uint64_t events = block->events;
+    if (order.warps_run_ahead()) {
+      for (int number : order.of(static_cast<int>(block->warps.size())))
+        for (bool moved = true; moved;) {
+          moved = false;
+          for (int i = number * 32; i < std::min(count, number * 32 + 32); ++i) moved |= resume(i);
+        }
+    } else {
+      for (int i : order.of(count)) resume(i);
+    }
+    if (block->events != events || !block->alive) continue;
+    for (Thread& own : block->threads)
+      if (!own.done) {
+        thread = &own;
+        fail(own.waits_for ? own.waits_for : "does not move");
+      }
+  }
+}
+
+// dynamic: bytes of shared memory, as a launch gives them.
+inline void launch(std::function<void()> kernel, dim3 grid, dim3 size, size_t dynamic) {
+  Order order;
+  const int count = static_cast<int>(size.x * size.y * size.z);
+  body = &kernel;
+  for (int at : order.of(static_cast<int>(grid.x * grid.y * grid.z))) {
+    Block own;
+    own.index = dim3(at % grid.x, at / grid.x % grid.y, at / (grid.x * grid.y));
+    own.grid = grid;
+    own.size = size;
+    own.threads.resize(count);
+    own.warps.resize((count + 31) / 32);
+    own.alive = count;
+    // Aligned as the GPU's, and ending where the allocation ends, so that a sanitizer sees the first byte past it.
+    void* aligned = nullptr;
+    if (posix_memalign(&aligned, 1024, std::max<size_t>(dynamic, 1))) std::abort();
+    own.shared = static_cast<unsigned char*>(aligned);
+    std::memset(own.shared, 0xFF, std::max<size_t>(dynamic, 1));
+    block = &own;
+    for (int i = 0; i < count; ++i) prepare(own.threads[i], i, size);
+    run_block(order);
+    std::free(aligned);
+    block = nullptr;
+    thread = nullptr;
+  }
+}
+
+}  // namespace emulator
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __grid_constant__
+#define threadIdx (emulator::thread->index)
+#define blockIdx (emulator::block->index)
+#define blockDim (emulator::block->size)
+#define gridDim (emulator::block->grid)
+
+inline void __syncthreads() { emulator::sync_block(); }
+inline void __syncwarp(unsigned mask = ~0u) { emulator::sync_warp(mask); }
+
+template <class T> T __shfl_sync(unsigned mask, T value, int from, int width = 32) {
+  return emulator::exchange(mask, value, [&](auto get) -> T {
+    return get((emulator::lane() & ~(width - 1)) | (from & (width - 1)));
+  });
+}
+template <class T> T __shfl_xor_sync(unsigned mask, T value, int by) {
+  return emulator::exchange(mask, value, [&](auto get) -> T { return get(emulator::lane() ^ by); });
+}
+template <class T> T __shfl_up_sync(unsigned mask, T value, int by) {
+  return emulator::exchange(mask, value, [&](auto get) -> T {
+    return get(emulator::lane() >= by ? emulator::lane() - by : emulator::lane());
+  });
+}
+inline unsigned __ballot_sync(unsigned mask, int predicate) {
+  return emulator::exchange(mask, predicate != 0, [&](auto get) -> unsigned {
+    unsigned result = 0;
+    for (int i = 0; i < 32; ++i)
+      if (mask >> i & 1 && get(i)) result |= 1u << i;
+    return result;
+  });
+}
+inline int __popc(unsigned x) { return std::popcount(x); }
+inline int __ffs(unsigned x) { return x ? std::countr_zero(x) + 1 : 0; }

@@ -1,0 +1,131 @@
+// Stands in for csrc/cuda/primitives.cuh when kernels are built for the emulator: the same names, on the processor.
+// The ops are registered for CPU tensors, so that op set and engine run through every kernel.
+#pragma once
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <cmath>
+#include <utility>
+
+#include "emulator.h"
+
+#define CUDA_OPS_DISPATCH_KEY CPU
+
+namespace cuda_ops {
+
+struct bf16 { uint16_t bits; };
+struct fp16 { uint16_t bits; };
+
+inline float to_float(float x) { return x; }
+inline float to_float(bf16 x) { return std::bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(fp16 x) { return static_cast<float>(std::bit_cast<_Float16>(x.bits)); }
+
+template <class T> T from_float(float x);
+template <> inline float from_float<float>(float x) { return x; }
+template <> inline bf16 from_float<bf16>(float x) {
+  if (std::isnan(x)) return {0x7FFF};
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return {static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16)};  // to nearest, ties to even
+}
+template <> inline fp16 from_float<fp16>(float x) { return {std::bit_cast<uint16_t>(static_cast<_Float16>(x))}; }
+
+template <class T> uint32_t pack(float low, float high) {
+  return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
+}
+
+inline float exp2_fast(float x) { return std::exp2(x); }
+inline float multiply(float a, float b) { volatile float c = a * b; return c; }
+inline float add(float a, float b) { volatile float c = a + b; return c; }
+
+inline unsigned char* shared_memory() { return emulator::block->shared; }
+
+inline uint4 load_streaming(const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16) emulator::fail("load_streaming of an address that 16 does not divide");
+  return *static_cast<const uint4*>(from);
+}
+
+inline void copy_async(void* to, const void* from, bool valid) {
+  if ((reinterpret_cast<uintptr_t>(to) | (valid ? reinterpret_cast<uintptr_t>(from) : 0)) % 16)
+    emulator::fail("copy_async of an address that 16 does not divide");
+  const emulator::Copy copy{to, from, emulator::thread->copy_group, valid};
+  if (emulator::copies_land_early()) emulator::land(copy);
+  else emulator::thread->copies.push_back(copy);
+}
+inline void copy_commit() { emulator::thread->copy_group++; }
+template <int N> void copy_wait() {
+  emulator::Thread& own = *emulator::thread;
+  std::erase_if(own.copies, [&](const emulator::Copy& copy) {
+    if (copy.group >= own.copy_group - N) return false;
+    emulator::land(copy);
+    return true;
+  });
+}
+
+inline int atomic_add(int* at, int value) { return std::exchange(*at, *at + value); }
+inline void fence() {}
+inline float load_shared_by_blocks(const float* from) { return *from; }
+
+template <bool TRANSPOSED> void load_matrices_either(uint32_t (&to)[4], const void* row) {
+  if (reinterpret_cast<uintptr_t>(row) % 16) emulator::fail("load_matrices of an address that 16 does not divide");
+  struct Four { uint32_t v[4]; };
+  const Four got = emulator::exchange(~0u, static_cast<const uint16_t*>(row), [&](auto get) {
+    Four four;
+    const int l = emulator::lane();
+    for (int i = 0; i < 4; ++i) {
+      const int r = l / 4, c = l % 4 * 2;
+      const uint32_t low = TRANSPOSED ? get(i * 8 + c)[r] : get(i * 8 + r)[c];
+      const uint32_t high = TRANSPOSED ? get(i * 8 + c + 1)[r] : get(i * 8 + r)[c + 1];
+      four.v[i] = low | high << 16;
+    }
+    return four;
+  });
+  std::memcpy(to, got.v, sizeof to);
+}
+inline void load_matrices(uint32_t (&to)[4], const void* row) { load_matrices_either<false>(to, row); }
+inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) { load_matrices_either<true>(to, row); }
+
+template <class T> void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Shown { float a[4][2], b[2][2]; } mine;
+  struct Four { float v[4]; };
+  const auto half = [](uint32_t both, int which) {
+    return to_float(std::bit_cast<T>(static_cast<uint16_t>(both >> 16 * which)));
+  };
+  for (int which = 0; which < 2; ++which) {
+    for (int i = 0; i < 4; ++i) mine.a[i][which] = half(a[i], which);
+    mine.b[0][which] = half(b0, which);
+    mine.b[1][which] = half(b1, which);
+  }
+  const Four sum = emulator::exchange(~0u, mine, [&](auto get) {
+    const int l = emulator::lane();
+    Four four{{d[0], d[1], d[2], d[3]}};
+    for (int k = 0; k < 16; ++k) {
+      const int holder = k % 8 / 2, which = k % 2, high = k / 8;
+      const Shown& left = get(l / 4 * 4 + holder);
+      const Shown& first = get(l % 4 * 8 + holder);
+      const Shown& second = get(l % 4 * 8 + 4 + holder);
+      for (int i = 0; i < 4; ++i)
+        four.v[i] += left.a[i / 2 + 2 * high][which] * (i % 2 ? second : first).b[high][which];
+    }
+    return four;
+  });
+  std::memcpy(d, sum.v, sizeof d);
+}
+
+inline int multiprocessors(int) { return 3; }
+inline int shared_memory_limit(int) { return 227 << 10; }
+inline int compute_capability(int) { return 90; }
+
+struct Place {
+  explicit Place(int device_index) : device(device_index) {}
+  int device;
+};
+
+template <class Params>
+void launch(void (*kernel)(Params), dim3 grid, dim3 threads, int shared_bytes, const Place&, const Params& params) {
+  emulator::launch([&] { kernel(params); }, grid, threads, static_cast<size_t>(shared_bytes));
+}
+
+}  // namespace cuda_ops
+
+using std::max;
+using std::min;

@@ -1,0 +1,24 @@
+"""What the CUDA op set is asked of the cases of every op: those of compiled ops, in dtypes that they take."""
+
+from __future__ import annotations
+
+import torch
+
+from engines.cuda import table
+from tests.cases import Case, cases
+from tests.csrc.cuda.emulated import HEAD_DIMS
+
+OPS = table.parse(table.FULL).ops
+
+
+def compiled() -> list[tuple[Case, torch.dtype]]:
+    found = []
+    for case in (case for case in cases() if case.op in OPS):
+        for dtype in case.dtypes:
+            allowed = OPS[case.op].get("dtype")
+            if allowed is not None and not allowed.accepts(str(dtype).removeprefix("torch.")):
+                continue
+            if case.op == "paged_attention" and case.arguments(dtype)[0].shape[2] not in HEAD_DIMS:
+                continue
+            found.append((case, dtype))
+    return found

@@ -1,0 +1,80 @@
+"""What the CUDA engine says of itself to plans."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from engines.capability import difference, reference_ops
+from engines.cuda import offers, table
+from engines.models.spec import DecoderSpec, RopeSpec, requirements
+from engines.platform import Host
+
+H200 = Host("this", "cuda", compute_capability=(9, 0), extensions=frozenset({"cuda"}))
+H200_DESCRIBED = replace(H200, name="h200")
+LLAMA = DecoderSpec(100, 512, 128, 2, 8, 2, 64, 512, RopeSpec())
+
+
+def library(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "_cuda_ops.so"
+    path.write_bytes(b"\x7fELF\0" + text.encode() + b"\0\0")
+    return path
+
+
+def test_a_table_is_found_among_other_bytes(tmp_path: Path) -> None:
+    assert table.read(library(tmp_path, table.FULL)) == table.FULL
+    assert table.read(tmp_path / "absent.so") is None
+
+
+@pytest.mark.parametrize("text", ("", "cuda_ops table 1\nsm 80\n", "cuda_ops table 2\nend\n"))
+def test_a_library_without_a_table_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ValueError, match=r"_cuda_ops.so: it has no table of its ops; reinstall the project"):
+        table.read(library(tmp_path, text))
+
+
+def test_offers_are_those_of_the_installed_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = table.FULL.replace("head_dim 64 80 96 128 256", "head_dim 128").replace("sm 80 86 89 90 100 120", "sm 80 90")
+    monkeypatch.setattr(table, "read", lambda: own)
+    missed = difference(requirements(LLAMA, "bfloat16", "score"), offers.offers(H200))
+    assert missed == ["paged_attention head_dim=64: cuda offers 128"]
+    assert offers.offers(H200_DESCRIBED).ops != offers.offers(H200).ops
+
+
+@pytest.mark.parametrize(
+    ("sm", "capability", "serves"),
+    (
+        ((80, 90), (8, 0), True),
+        ((80, 90), (8, 9), True),
+        ((86,), (8, 0), False),
+        ((80, 90), (9, 0), True),
+        ((80, 90), (10, 0), False),
+        ((100,), (10, 3), False),
+        ((120,), (12, 0), True),
+    ),
+)
+def test_which_devices_the_code_runs_on(sm: tuple[int, ...], capability: tuple[int, int], serves: bool) -> None:
+    assert table.Table(sm, {}).serves(capability) is serves
+
+
+def test_a_device_without_code_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "read", lambda: table.FULL.replace("sm 80 86 89 90 100 120", "sm 80 86"))
+    assert offers.offers(H200).blockers == (
+        "_cuda_ops.so was compiled for sm 80, 86, this device is sm 9.0: reinstall with CSRC_CUDA_ARCHS unset, or with "
+        "this one in it",
+    )
+
+
+def test_float32_is_missed_where_attention_lacks_it() -> None:
+    described = offers.offers(H200_DESCRIBED)
+    assert described.blockers == ()
+    missed = difference(requirements(LLAMA, "float32", "generate"), described)
+    assert missed == ["paged_attention dtype=float32: cuda offers bfloat16, float16"]
+
+
+def test_ops_without_a_kernel_are_named() -> None:
+    described = offers.offers(H200_DESCRIBED)
+    needed = requirements(LLAMA, "bfloat16", "generate")
+    slow = [need.op for need in needed if need.in_decode_step and need.op in offers.REFERENCE]
+    assert reference_ops(needed, described) == slow
