@@ -82,7 +82,14 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_c
   const int64_t columns = num_kv_heads * p.row_tiles, wanted = ceil_div(16 * multiprocessors(place.device), columns);
   const int64_t grid_x = std::min(num_seqs * p.max_splits, std::max<int64_t>(wanted, 1));
   launch_decode(q.scalar_type(), static_cast<int>(head_dim), static_cast<int>(grid_x), place, p);
-  if (max_seqlen_q > 1) launch_prefill(q.scalar_type(), static_cast<int>(head_dim), num_tokens, place, p);
+  if (max_seqlen_q <= 1) return out;
+#ifdef CUDA_OPS_SM90
+  if (sm90_takes(place.device, static_cast<int>(head_dim), p.block_shift)) {
+    launch_prefill_sm90(q.scalar_type(), static_cast<int>(head_dim), k_cache.size(0), num_tokens, place, p);
+    return out;
+  }
+#endif
+  launch_prefill(q.scalar_type(), static_cast<int>(head_dim), num_tokens, place, p);
   return out;
 }
 

@@ -53,6 +53,12 @@ template <class T> struct Sequence {
   const int32_t* table;
 };
 
+// Rows of this sequence, in tiles of R; 0 for one that decodes.
+__device__ __forceinline__ int prefill_tiles(const AttentionParams& p, int seq, int rows_of_tile) {
+  const int tokens = p.cu_seqlens_q[seq + 1] - p.cu_seqlens_q[seq];
+  return tokens > 1 ? (tokens * p.group + rows_of_tile - 1) / rows_of_tile : 0;
+}
+
 // Queries of 16 rows as the left factor of multiply_add: of this lane rows `row` and row + 8. Rows past `rows` are 0.
 template <class T, int D>
 __device__ __forceinline__ void load_queries(uint32_t (&to)[D / 16][4], const AttentionParams& p,
@@ -85,6 +91,13 @@ template <int D> struct Softmax {
   // scores: of N tiles of 8 keys, -infinity where hidden; become weights. What was summed before is scaled to the new
   // maximum.
   template <int N> __device__ __forceinline__ void take(float (&scores)[N][4]) {
+    float factor[2];
+    weigh(scores, factor);
+    scale(factor);
+  }
+
+  // The same but for `out`, which is to be scaled by these factors before more is added to it.
+  template <int N> __device__ __forceinline__ void weigh(float (&scores)[N][4], float (&factor)[2]) {
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       float now = most[i];
@@ -93,11 +106,9 @@ template <int D> struct Softmax {
       now = fmaxf(now, __shfl_xor_sync(~0u, now, 1));
       now = fmaxf(now, __shfl_xor_sync(~0u, now, 2));
       const float finite = now == -INFINITY ? 0.0f : now;
-      const float factor = exp2_fast(most[i] - finite);
+      factor[i] = exp2_fast(most[i] - finite);
       most[i] = now;
-      sum[i] *= factor;
-#pragma unroll
-      for (int n = 0; n < D / 8; ++n) out[n][2 * i] *= factor, out[n][2 * i + 1] *= factor;
+      sum[i] *= factor[i];
 #pragma unroll
       for (int n = 0; n < N; ++n)
 #pragma unroll
@@ -106,6 +117,13 @@ template <int D> struct Softmax {
           sum[i] += scores[n][j];
         }
     }
+  }
+
+  __device__ __forceinline__ void scale(const float (&factor)[2]) {
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out[n][i] *= factor[i / 2];
   }
 
   // The sum over all keys; before, each lane has that of its own columns.
@@ -196,6 +214,26 @@ __device__ __forceinline__ float join_sink(const AttentionParams& p, int head, f
   const float sink = p.sinks[head] * kLog2e, now = fmaxf(most, sink), factor = exp2_fast(most - now);
   sum = sum * factor + exp2_fast(sink - now);
   return factor;
+}
+
+// Divides this lane's rows, `row` and row + 8 of the sequence, by their sums and stores those below `rows`.
+template <class T, int D>
+__device__ __forceinline__ void store_rows(const AttentionParams& p, const Sequence<T>& own, const Softmax<D>& softmax,
+                                           int row, int rows) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const int r = row + 8 * i;
+    if (r >= rows) continue;
+    const int head = own.head * p.group + r % p.group;
+    float sum = softmax.sum[i];
+    const float factor = join_sink(p, head, softmax.most[i], sum) / sum;
+    T* out = static_cast<T*>(p.out) +
+             (static_cast<int64_t>(own.first_token + r / p.group) * p.num_heads + head) * D + threadIdx.x % 4 * 2;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n)
+      *reinterpret_cast<uint32_t*>(out + n * 8) =
+          pack<T>(softmax.out[n][2 * i] * factor, softmax.out[n][2 * i + 1] * factor);
+  }
 }
 
 }  // namespace cuda_ops

@@ -14,6 +14,17 @@ void launch_decode(ScalarType type, int head_dim, int grid_x, const Place& place
 void launch_prefill(ScalarType type, int head_dim, int64_t num_tokens, const Place& place,
                     const AttentionParams& params);
 
+// For sm_90 devices, head_dim 64 or 128 and blocks of 8 keys or more: what its instructions take.
+inline bool sm90_takes(int device, int head_dim, int block_shift) {
+#ifdef CUDA_OPS_SM90
+  return compute_capability(device) == 90 && (head_dim == 64 || head_dim == 128) && block_shift >= 3;
+#else
+  return false;
+#endif
+}
+void launch_prefill_sm90(ScalarType type, int head_dim, int64_t num_blocks, int64_t num_tokens, const Place& place,
+                         const AttentionParams& params);
+
 // Calls function(head_dim as a constant) if it is one that kernels were compiled for, else raises.
 template <class Function> void with_head_dim(int head_dim, const Function& function) {
 #define CUDA_OPS_CASE(D) \

@@ -15,12 +15,6 @@ template <int D> struct PrefillShape {
   static constexpr int kSharedBytes = 2 * kStageValues * 2;  // two stages
 };
 
-// Rows of this sequence, in tiles of R; 0 for one that decodes.
-__device__ __forceinline__ int prefill_tiles(const AttentionParams& p, int seq, int rows_of_tile) {
-  const int tokens = p.cu_seqlens_q[seq + 1] - p.cu_seqlens_q[seq];
-  return tokens > 1 ? (tokens * p.group + rows_of_tile - 1) / rows_of_tile : 0;
-}
-
 // Grid: (row tiles or more, num_kv_heads). Threads: a warp for each 16 rows. Shared memory: two stages of keys and
 // values. Tiles of keys lie at fixed positions and are taken in order, so a token's bits depend neither on the batch nor
 // on where its prompt was cut. Operations: 4 * D for every visible pair of query and key, and those hidden in a tile.
@@ -77,20 +71,7 @@ __global__ void __launch_bounds__(PrefillShape<D>::kWarps * 32) prefill_kernel(A
   }
 
   softmax.finish();
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int r = row + 8 * i;
-    if (r >= rows) continue;
-    const int head = own.head * p.group + r % p.group;
-    float sum = softmax.sum[i];
-    const float factor = join_sink(p, head, softmax.most[i], sum) / sum;
-    T* out = static_cast<T*>(p.out) +
-             (static_cast<int64_t>(own.first_token + r / p.group) * p.num_heads + head) * D + lane % 4 * 2;
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n)
-      *reinterpret_cast<uint32_t*>(out + n * 8) =
-          pack<T>(softmax.out[n][2 * i] * factor, softmax.out[n][2 * i + 1] * factor);
-  }
+  store_rows<T, D>(p, own, softmax, row, rows);
 }
 
 }  // namespace cuda_ops

@@ -29,8 +29,10 @@ def named(value: object) -> str:
 
 
 @pytest.mark.parametrize(("case", "dtype"), CASES, ids=named)
-def test_as_exact_as_the_reference(ops: OpSet, case: Case, dtype: torch.dtype) -> None:
+def test_as_exact_as_the_reference(ops: OpSet, monkeypatch: pytest.MonkeyPatch, case: Case, dtype: torch.dtype) -> None:
     arguments = case.arguments(dtype)
+    if case.op == "paged_attention" and dtype == torch.float16:
+        monkeypatch.setenv("EMULATOR_CAPABILITY", "80")  # bfloat16 takes the kernels of sm_90
     exact = call(Reference(), case, convert(arguments, torch.float64))
     found, plain = call(ops, case, arguments), call(Reference(), case, arguments)
     for results in zip(found, exact, plain, strict=True):
@@ -73,6 +75,33 @@ def test_the_table_is_what_was_compiled() -> None:
     assert found.ops == full.ops
 
 
+SHAPES = (
+    attention_cases.Case("128", lens=(200, 129, 400), new=(200, 1, 150), num_heads=4, num_kv_heads=2, head_dim=128),
+    attention_cases.Case("blocks of 8", lens=(300, 40), new=(130, 39), block_size=8),
+    attention_cases.Case("blocks of 4", lens=(300, 40), new=(130, 39), block_size=4),
+    attention_cases.Case("blocks of 256", lens=(300, 40), new=(130, 39), block_size=256, head_dim=128),
+    attention_cases.Case("window", lens=(400, 300), new=(70, 290), block_size=32, window=90, sinks=True, softcap=9.0),
+    attention_cases.Case("window of a tile", lens=(520,), new=(130,), block_size=64, head_dim=128, window=128),
+)
+
+
+@pytest.mark.parametrize("capability", ("80", "90"))
+@pytest.mark.parametrize("case", SHAPES, ids=lambda case: case.name)
+def test_prefill_of_each_architecture(
+    ops: OpSet, monkeypatch: pytest.MonkeyPatch, case: attention_cases.Case, capability: str
+) -> None:
+    monkeypatch.setenv("EMULATOR_CAPABILITY", capability)
+    given = make(case, torch.bfloat16)
+    exact = Reference().paged_attention(
+        given.q.double(), attention_cases.widened(given.cache), given.batch, SCALE, **case.options()
+    )
+    arguments = (given.q, given.cache, given.batch, SCALE)
+    plain = Reference().paged_attention(*arguments, **case.options())
+    for copies in ("early", "late"):
+        monkeypatch.setenv("EMULATOR_COPIES", copies)
+        assert_as_exact(ops.paged_attention(*arguments, **case.options()), exact, plain)
+
+
 LONG = attention_cases.Case("long", lens=(1500, 513, 512, 7, 2049), new=(1, 1, 1, 1, 1), head_dim=64)
 
 
@@ -90,7 +119,11 @@ def test_a_decoding_sequence_has_the_bits_that_it_has_alone(ops: OpSet, window: 
         assert_bitwise_equal(alone, together[i : i + 1])
 
 
-def test_a_prompt_has_the_same_bits_however_it_is_cut(ops: OpSet) -> None:
+@pytest.mark.parametrize("capability", ("80", "90"))
+def test_a_prompt_has_the_same_bits_however_it_is_cut(
+    ops: OpSet, monkeypatch: pytest.MonkeyPatch, capability: str
+) -> None:
+    monkeypatch.setenv("EMULATOR_CAPABILITY", capability)
     case = attention_cases.Case("cut", lens=(150,), new=(150,), head_dim=64)
     given = make(case, torch.bfloat16)
     whole = ops.paged_attention(given.q, given.cache, given.batch, SCALE)

@@ -99,6 +99,7 @@ struct Block {
   Barrier barrier;
   std::map<int, Barrier> named;
   int alive = 0;
+  uint64_t serial = 0;  // no other block has it
   uint64_t events = 0;
   std::unique_ptr<unsigned char[]> storage;
   unsigned char* shared = nullptr;
@@ -249,10 +250,10 @@ inline void run_block(Order& order) {
     }
     if (block->events != events || !block->alive) continue;
     for (Thread& own : block->threads)
-      if (!own.done) {
-        thread = &own;
-        fail(own.waits_for ? own.waits_for : "does not move");
-      }
+      if (!own.done)
+        std::fprintf(stderr, "emulator: thread %d waits in %s\n", own.number, own.waits_for ? own.waits_for : "?");
+    thread = nullptr;
+    fail("no thread can go on");
   }
 }
 
@@ -262,7 +263,9 @@ inline void launch(std::function<void()> kernel, dim3 grid, dim3 size, size_t dy
   const int count = static_cast<int>(size.x * size.y * size.z);
   body = &kernel;
   for (int at : order.of(static_cast<int>(grid.x * grid.y * grid.z))) {
+    static uint64_t serial = 0;
     Block own;
+    own.serial = ++serial;
     own.index = dim3(at % grid.x, at / grid.x % grid.y, at / (grid.x * grid.y));
     own.grid = grid;
     own.size = size;

@@ -113,7 +113,11 @@ template <class T> void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint
 
 inline int multiprocessors(int) { return 3; }
 inline int shared_memory_limit(int) { return 227 << 10; }
-inline int compute_capability(int) { return 90; }
+// EMULATOR_CAPABILITY: 80 or 90, the default.
+inline int compute_capability(int) {
+  const char* set = std::getenv("EMULATOR_CAPABILITY");
+  return set ? std::atoi(set) : 90;
+}
 
 struct Place {
   explicit Place(int device_index) : device(device_index) {}

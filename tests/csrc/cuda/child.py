@@ -1,0 +1,59 @@
+"""Runs a library of emulated ops on what shows races: `python -m tests.csrc.cuda.child <library> <op> ...`.
+
+Ends with 1 and a message where a result is not the reference's, or depends on the order of threads.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from engines.cuda.opset import OpSet
+from engines.ops import OpSet as Reference
+from tests import attention_cases
+from tests.cases import Case, call, convert
+from tests.compare import assert_as_exact, assert_bitwise_equal
+from tests.engines.cuda.cases import compiled
+
+ORDERS = ("forward", "reverse", "random:1", "random:2", "warp:1", "warp:2", "warp:3")
+LONG = attention_cases.Case("long", lens=(1500, 513, 512, 2049, 700), new=(1,) * 5, head_dim=64)
+"""Splits, and blocks of threads that take more than one piece of work."""
+
+
+def long(dtype: torch.dtype) -> tuple[object, ...]:
+    given = attention_cases.make(LONG, dtype)
+    return given.q, given.cache, given.batch, 0.2
+
+
+def main(library: str, names: list[str]) -> None:
+    ops = OpSet(Path(library))
+    cases = [(case, dtype) for case, dtype in compiled() if case.op in names and "71" not in case.name]
+    cases = [(Case("paged_attention", "long", long, {}), torch.bfloat16)] * ("paged_attention" in names) + cases
+    for case, dtype in cases:
+        if dtype != torch.bfloat16 and torch.bfloat16 in case.dtypes:
+            continue
+        arguments = case.arguments(dtype)
+        exact = call(Reference(), case, convert(arguments, torch.float64))
+        plain = call(Reference(), case, arguments)
+        for capability in ("80", "90") if case.op == "paged_attention" else ("90",):
+            os.environ["EMULATOR_CAPABILITY"] = capability
+            first = None
+            for order, copies in itertools.product(ORDERS, ("early", "late")):
+                os.environ.update(EMULATOR_ORDER=order, EMULATOR_COPIES=copies)
+                found = call(ops, case, arguments)
+                for results in zip(found, exact, plain, strict=True):
+                    assert_as_exact(*results)
+                first = first or found
+                for pair in zip(found, first, strict=True):
+                    assert_bitwise_equal(*pair)
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1], sys.argv[2:])
+    except AssertionError as error:
+        sys.exit(f"noticed: {error}")

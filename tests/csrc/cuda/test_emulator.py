@@ -1,0 +1,89 @@
+"""The emulator notices what it is there for: missing barriers, reads past the end of memory, uneven barriers."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from csrc import cuda_build
+from tests.csrc.cuda import emulated
+
+ROOT = Path(__file__).parents[3]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(emulated.absent() is not None, reason=str(emulated.absent())),
+]
+BARRIER = re.compile(r"__sync(?:threads|warp)\(\);|copy_wait<[^;]*>\(\);|fence\(\);(?= *// )")
+OPS = {"attention": ["paged_attention"], "elementwise": ["rms_norm", "add_rms_norm"]}
+
+
+def barriers() -> list[tuple[str, int]]:
+    """(file, number in it) of every barrier of every kernel."""
+    files = sorted(cuda_build.FOLDER.glob("*.cuh"))
+    files = [path for path in files if path.name != "primitives.cuh"]
+    return [(path.name, i) for path in files for i in range(len(BARRIER.findall(path.read_text("utf-8"))))]
+
+
+def run(library: Path, ops: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.csrc.cuda.child", str(library), *ops]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def changed(tmp_path: Path, file: str, text: str) -> Path:
+    """A library of the sources with another text in one file."""
+    folder = tmp_path / "cuda"
+    shutil.copytree(cuda_build.FOLDER, folder)
+    (folder / file).write_text(text, encoding="utf-8")
+    return emulated.library(folder)
+
+
+def ops_of(file: str) -> list[str]:
+    return next(ops for prefix, ops in OPS.items() if file.startswith(prefix))
+
+
+@pytest.mark.parametrize(("file", "number"), barriers())
+def test_a_missing_barrier_is_noticed(tmp_path: Path, file: str, number: int) -> None:
+    text = (cuda_build.FOLDER / file).read_text("utf-8")
+    found = list(BARRIER.finditer(text))[number]
+    library = changed(tmp_path, file, text[: found.start()] + text[found.end() :])
+    done = run(library, ops_of(file))
+    shutil.rmtree(library.parent)
+    assert done.returncode != 0, f"{file} without {found[0]!r} at {found.start()} has the right results in every order"
+    assert "noticed: " in done.stderr or "emulator: " in done.stderr, done.stderr
+
+
+def test_nothing_is_noticed_in_the_kernels_as_they_are() -> None:
+    done = run(emulated.library(), ["paged_attention", "rms_norm", "add_rms_norm"])
+    assert done.returncode == 0, done.stderr
+
+
+def sanitizer() -> dict[str, str]:
+    runtime = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    return {"LD_PRELOAD": runtime.stdout.strip(), "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0"}
+
+
+def test_kernels_stay_within_their_memory() -> None:
+    """AddressSanitizer over all compiled ops: global memory, and shared memory to the byte."""
+    every = ["rms_norm", "add_rms_norm", "act_and_mul", "rope", "write_kv", "paged_attention"]
+    done = run(emulated.library(sanitized=True), every, **sanitizer())
+    assert done.returncode == 0, done.stderr[:4000]
+
+
+def test_shared_memory_that_is_too_small_is_noticed(tmp_path: Path) -> None:
+    folder = tmp_path / "cuda"
+    shutil.copytree(cuda_build.FOLDER, folder)
+    launch = folder / "attention_prefill.cu"
+    text = launch.read_text("utf-8")
+    assert "Shape::kSharedBytes" in text
+    launch.write_text(text.replace("Shape::kSharedBytes", "Shape::kSharedBytes - 256"), encoding="utf-8")
+    library = emulated.library(folder, sanitized=True)
+    done = run(library, ["paged_attention"], **sanitizer())
+    shutil.rmtree(library.parent)
+    assert "AddressSanitizer: heap-buffer-overflow" in done.stderr
