@@ -32,6 +32,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from engines.threads import limit_spinning
 from runner import config, schema
 from runner.config import JobConfig
 from runner.errors import ConfigError, Interrupted, RunnerError
@@ -44,6 +45,7 @@ INTERNAL_ERROR = 70
 
 def main() -> None:
     """The console script and `python -m runner`. Exits with 0 or a code of runner/errors.py."""
+    limit_spinning()
     sys.exit(command_line(sys.argv[1:]))
 
 

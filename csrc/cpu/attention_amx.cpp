@@ -10,6 +10,7 @@
 #include <new>
 #include <utility>
 
+#include "amx.h"
 #include "attention.h"
 #include "packed.h"
 
@@ -17,21 +18,9 @@ namespace cpu_ops {
 namespace amx {
 namespace {
 
-constexpr int kSide = 16;
 constexpr int kGroups = kTile / kSide;
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kNone = -__builtin_inff();
-
-struct alignas(64) TileConfig {
-  uint8_t palette = 1, start_row = 0, reserved[14] = {};
-  uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-
-  // Tiles 0 to 4 are products and first factors of so many rows: a product takes as many cycles.
-  explicit TileConfig(int num_rows = kSide) {
-    for (int i = 0; i < 5; ++i) rows[i] = static_cast<uint8_t>(num_rows);
-  }
-};
 
 // What a thread works on, laid out in its scratch.
 struct Scratch {
@@ -361,17 +350,11 @@ void attend_lanes(const Work* works, int count, float* scratch) {
 
 }  // namespace
 
-// The tiles' shape is the thread's: others (oneDNN) find theirs as they left it.
 void attend(const Work* works, int count, float* scratch) {
   int rows = 0;
   for (int i = 0; i < count; ++i) rows = works[i].num_rows > rows ? works[i].num_rows : rows;
-  const TileConfig ours(rows < kSide ? rows : kSide);
-  TileConfig theirs;
-  _tile_storeconfig(&theirs);
-  _tile_loadconfig(&ours);
+  const Tiles tiles(TileConfig(rows < kSide ? rows : kSide));
   attend_lanes(works, count, scratch);
-  if (theirs.palette) _tile_loadconfig(&theirs);
-  else _tile_release();
 }
 
 }  // namespace amx

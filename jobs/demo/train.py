@@ -167,9 +167,12 @@ def train(model: Model, tokenizer: PreTrainedTokenizerFast, args: argparse.Names
         if (step + 1) % 50 == 0:
             print(f"step {step + 1} loss {total / 50:.4f} {time.monotonic() - started:.0f} s", flush=True)
             total = 0.0
-        if (step + 1) % args.measure_every == 0 or step + 1 == args.steps:
+        last = step + 1 == (args.last_step or args.steps)
+        if (step + 1) % args.measure_every == 0 or last:
             print_accuracy(*measure(model, tokenizer, probe))
             save(model, tokenizer, args.out)
+        if last:
+            break
 
 
 def save(model: Model, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
@@ -222,6 +225,23 @@ def print_accuracy(by_kind: dict[str, tuple[int, int]], wrong: list[tuple[Row, s
     print(f"held-out exact match {right}/{count} = {right / count:.4f} ({kinds})", flush=True)
 
 
+def begin(args: argparse.Namespace) -> tuple[PreTrainedTokenizerFast, LlamaForCausalLM]:
+    """A new tokenizer and a model with random weights, or with --resume those of an earlier run; in float32."""
+    # The eager attention takes half the time of the fused one, whose backward is slow on rows this short.
+    if args.resume:
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(args.out)
+        model = LlamaForCausalLM.from_pretrained(args.out, dtype=torch.float32, attn_implementation="eager")
+        return tokenizer, model.train()
+    tokenizer = train_tokenizer(Random(args.seed), args.vocab_size)
+    config = model_config(tokenizer)
+    config._attn_implementation = "eager"
+    model = LlamaForCausalLM(config)
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    return tokenizer, model
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=MODEL_FOLDER)
@@ -229,6 +249,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--vocab-size", type=int, default=1024)
+    parser.add_argument("--last-step", type=int, help="end here, with the learning rate planned for all steps")
+    parser.add_argument("--resume", action="store_true", help="begin with the weights and the tokenizer in --out")
     parser.add_argument("--measure-every", type=int, default=200, help="steps between measurements and checkpoints")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
     parser.add_argument("--measure", action="store_true", help="measure the model in --out on 10,000 held-out rows")
@@ -241,13 +263,7 @@ def main() -> None:
             print_accuracy(*measure(AutoModelForCausalLM.from_pretrained(args.out, dtype=dtype), tokenizer, rows))
         return
     torch.manual_seed(args.seed)
-    tokenizer = train_tokenizer(Random(args.seed), args.vocab_size)
-    config = model_config(tokenizer)
-    config._attn_implementation = "eager"  # half the time of the fused one's backward on rows this short
-    model = LlamaForCausalLM(config)
-    model.generation_config = GenerationConfig(
-        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
-    )
+    tokenizer, model = begin(args)
     print(
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(tokenizer)} tokens in the vocabulary",
         flush=True,

@@ -13,7 +13,11 @@ from __future__ import annotations
 
 import argparse
 
-from tests.bench import ceilings, engine, runner, start
+from engines.threads import limit_spinning
+
+limit_spinning()  # as the runner's own entry does, before torch is imported
+
+from tests.bench import ceilings, engine, runner, start  # noqa: E402
 
 COMMANDS = {"ceilings": ceilings, "engine": engine, "runner": runner, "start": start}
 
