@@ -1,7 +1,8 @@
 """What the engine and the runner reach on this machine, each figure beside the limit it is to be read against.
 
     python -m tests.bench ceilings                      read bandwidth and matrix rates
-    python -m tests.bench engine MODEL WORKLOAD.json    one workload through the CPU engine
+    python -m tests.bench engine MODEL WORKLOAD.json    one workload through the CPU engine; --floor: its least time
+    python -m tests.bench compare COMMAND COMMAND ...   commands in turn, as ratios: a peer's driver, another checkout
     python -m tests.bench runner [ROWS]                 rows/s through source, task, journal and sink
     python -m tests.bench start MODEL                   process start to first token
 
@@ -17,9 +18,9 @@ from engines.threads import limit_spinning
 
 limit_spinning()  # as the runner's own entry does, before torch is imported
 
-from tests.bench import ceilings, engine, runner, start  # noqa: E402
+from tests.bench import ceilings, compare, engine, runner, start  # noqa: E402
 
-COMMANDS = {"ceilings": ceilings, "engine": engine, "runner": runner, "start": start}
+COMMANDS = {"ceilings": ceilings, "compare": compare, "engine": engine, "runner": runner, "start": start}
 
 
 def main() -> None:

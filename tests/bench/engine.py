@@ -11,6 +11,7 @@ from pathlib import Path
 from engines.api import Request, SamplingParams
 from engines.cpu.offers import Config
 from engines.load import EngineSettings, load_engine
+from tests.bench import ceilings, floor
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,20 +20,23 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--limit", type=int, help="only the first requests")
+    parser.add_argument("--floor", action="store_true", help="print the least time at this machine's limits")
     parser.add_argument("--profile", action="store_true", help="print where the time goes, by op")
 
 
 def run(args: argparse.Namespace) -> None:
     workload = json.loads(Path(args.workload).read_text())[: args.limit]
+    limits = ceilings.measure() if args.floor else None
     for _ in range(args.repeat):
-        print(json.dumps(measure(args, workload)), flush=True)
+        print(json.dumps(measure(args, workload, limits)), flush=True)
 
 
-def measure(args: argparse.Namespace, workload: list[dict]) -> dict[str, object]:
+def measure(args: argparse.Namespace, workload: list[dict], limits: ceilings.Ceilings | None) -> dict[str, object]:
     start = time.perf_counter()
     config = Config(max_model_len=2048, kv_cache_bytes=4 << 30)
     engine = load_engine(EngineSettings("cpu", args.model, args.dtype, config))
     load_s = time.perf_counter() - start
+    recorder = floor.Recorder(engine.runner)
     start = time.perf_counter()
     requests = [
         Request(i, "generate", r["prompt"], SamplingParams(max_tokens=r["n"], ignore_eos=True))
@@ -49,8 +53,9 @@ def measure(args: argparse.Namespace, workload: list[dict]) -> dict[str, object]
     wall_s = time.perf_counter() - start
     prompt = sum(len(r["prompt"]) for r in workload)
     assert done == sum(r["n"] for r in workload)
-    stats = engine.stats()
+    stats, spec = engine.stats(), engine.model.spec
     engine.close()
+    least = recorder.floor_s(spec, args.dtype, limits) if limits else None
     return {
         "model": Path(args.model).name,
         "workload": Path(args.workload).stem,
@@ -60,6 +65,7 @@ def measure(args: argparse.Namespace, workload: list[dict]) -> dict[str, object]
         "load_s": round(load_s, 2),
         "steps": stats.num_steps,
         "cached_tokens": stats.num_cached_tokens,
+        **({} if least is None else {"floor_s": round(least, 2), "of_floor": round(least / wall_s, 2)}),
         "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
 
