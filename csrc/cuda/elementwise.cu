@@ -1,4 +1,4 @@
-// The ops rms_norm, add_rms_norm, act_and_mul, rope, write_kv: checks and launches.
+// The ops rms_norm, add_rms_norm, act_and_mul, softcap, rope, write_kv: checks and launches.
 
 #include "elementwise.cuh"
 
@@ -117,6 +117,23 @@ Tensor act_and_mul(const Tensor& gate_up, std::string name) {
   return out;
 }
 
+Tensor softcap(const Tensor& x, double cap) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.is_contiguous(), "x: expected 2 dimensions, contiguous");
+  STD_TORCH_CHECK(cap > 0, "cap: ", cap, "; expected a positive number");
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  if (x.numel() == 0) return out;
+  const Place place(x.get_device_index());
+  with_float(x, "x", [&]<class Tagged>(Tagged) {
+    using T = typename Tagged::type;
+    const SoftcapParams<T> p{data<T>(x), mutable_data<T>(out), x.numel(), static_cast<float>(cap)};
+    with_width<T>(all_divide(16 / sizeof(T), {p.size}) && all_aligned({&x}), [&](auto width) {
+      launch(softcap_kernel<T, width.value>, dim3(static_cast<unsigned>(ceil_div(p.size, 256 * width.value))),
+             dim3(256), 0, place, p);
+    });
+  });
+  return out;
+}
+
 void rope(const Tensor& q, const Tensor& k, const Tensor& positions, const Tensor& cos_sin) {
   check_dense_rows(q, 3, "q");
   check_dense_rows(k, 3, "k");
@@ -185,6 +202,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cuda_ops, library) {
   library.def(
       "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, float weight_offset) -> (Tensor, Tensor)");
   library.def("act_and_mul(Tensor gate_up, str name) -> Tensor");
+  library.def("softcap(Tensor x, float cap) -> Tensor");
   library.def("rope(Tensor(a!) q, Tensor(b!) k, Tensor positions, Tensor cos_sin) -> ()");
   library.def("write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()");
 }
@@ -193,6 +211,7 @@ STABLE_TORCH_LIBRARY_IMPL(cuda_ops, CUDA_OPS_DISPATCH_KEY, library) {
   library.impl("rms_norm", TORCH_BOX(&rms_norm));
   library.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
   library.impl("act_and_mul", TORCH_BOX(&act_and_mul));
+  library.impl("softcap", TORCH_BOX(&softcap));
   library.impl("rope", TORCH_BOX(&rope));
   library.impl("write_kv", TORCH_BOX(&write_kv));
 }

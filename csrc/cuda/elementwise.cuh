@@ -1,5 +1,5 @@
 // Kernels that read and write each value about once, and so are as fast as the memory: rms_norm, add_rms_norm,
-// act_and_mul, rope, write_kv. Contracts: engines/ops/{norm,activation,rotary,kv_cache}.py.
+// act_and_mul, softcap, rope, write_kv. Contracts: engines/ops/{norm,activation,rotary,kv_cache}.py.
 //
 // V: values that a thread loads at once, 16 bytes of them where addresses and sizes allow, else 1.
 #pragma once
@@ -121,6 +121,23 @@ template <class T, int V> __global__ void __launch_bounds__(256) gate_kernel(Gat
       a.v[j] = from_float<T>(to_float(from_float<T>(activate(to_float(a.v[j]), p.name))) * to_float(b.v[j]));
     store<T, V>(p.out + row * p.size + i, a);
   }
+}
+
+template <class T> struct SoftcapParams {
+  const T* x;  // [size], dense, as out
+  T* out;
+  int64_t size;
+  float cap;
+};
+
+// Grid: pieces. Threads: 256. Moves every value twice.
+template <class T, int V> __global__ void __launch_bounds__(256) softcap_kernel(SoftcapParams<T> p) {
+  const int64_t i = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * V;
+  if (i >= p.size) return;
+  Vector<T, V> a = load<T, V>(p.x + i);
+#pragma unroll
+  for (int j = 0; j < V; ++j) a.v[j] = from_float<T>(p.cap * tanhf(to_float(a.v[j]) / p.cap));
+  store<T, V>(p.out + i, a);
 }
 
 // ---- rotary embedding ----

@@ -46,6 +46,9 @@ template <> __device__ __forceinline__ uint32_t pack<fp16>(float low, float high
   return reinterpret_cast<const uint32_t&>(both);
 }
 
+__device__ __forceinline__ uint32_t float_bits(float x) { return __float_as_uint(x); }
+__device__ __forceinline__ float bits_float(uint32_t x) { return __uint_as_float(x); }
+
 // 2^x to two units of the last place, 0 for -infinity.
 __device__ __forceinline__ float exp2_fast(float x) {
   float y;

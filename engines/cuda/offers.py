@@ -20,16 +20,10 @@ DTYPES = one_of("float32", "bfloat16", "float16")
 TORCH: dict[str, dict[str, Allowed]] = {
     "linear": {"dtype": DTYPES, "quantization": DENSE_ONLY},
     "embedding": {"dtype": DTYPES},
-}
-"""Ops that are one call of torch's own kernels: cuBLAS, a gather."""
-REFERENCE: dict[str, dict[str, Allowed]] = {
-    "softcap": {},
-    "sample": {},
-    "apply_penalties": {},
     "log_softmax_gather": {},
     "top_logprobs": {},
 }
-"""Ops without a kernel here: right, but slow."""
+"""Ops that are a call or two of torch's own kernels: cuBLAS, a gather, topk."""
 
 
 def offers(host: Host) -> Offer:
@@ -49,9 +43,8 @@ def offers(host: Host) -> Offer:
     ops = compiled.ops if compiled is not None else {}
     return Offer(
         engine="cuda",
-        ops={**REFERENCE, **TORCH, **ops, "parallelism": {name: one_of(1) for name in ("tp", "dp", "ep")}},
+        ops={**TORCH, **ops, "parallelism": {name: one_of(1) for name in ("tp", "dp", "ep")}},
         blockers=tuple(blockers),
         sm=sm,
         since={"bfloat16": (8, 0), "fp8": (8, 9)},
-        reference=frozenset(REFERENCE) - frozenset(ops),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from engines import extension, ops
 from engines.batch import Batch
 from engines.ops.kv_cache import KVCache
+from engines.ops.sampling import SamplingBatch
 
 COUNTERS = 1 << 16
 """Pairs of sequence and KV head that one step may have: 1,024 sequences with 64 KV heads."""
@@ -41,6 +42,32 @@ class OpSet(ops.OpSet):
     def act_and_mul(self, gate_up: Tensor, name: str) -> Tensor:
         """As the reference."""
         result: Tensor = torch.ops.cuda_ops.act_and_mul(gate_up, name)
+        return result
+
+    def softcap(self, x: Tensor, cap: float) -> Tensor:
+        """As the reference; rounded once."""
+        result: Tensor = torch.ops.cuda_ops.softcap(x.contiguous().view(-1, x.shape[-1]), cap)
+        return result.view(x.shape)
+
+    def sample(self, logits: Tensor, params: SamplingBatch) -> Tensor:
+        """As the reference. Sums of weights are made in another order, in float64."""
+        values = (getattr(params, field.name) for field in fields(params))
+        result: Tensor = torch.ops.cuda_ops.sample(logits, *values)
+        return result
+
+    def apply_penalties(
+        self,
+        logits: Tensor,
+        prompt_counts: Tensor,
+        output_counts: Tensor,
+        repetition_penalty: Tensor,
+        presence_penalty: Tensor,
+        frequency_penalty: Tensor,
+    ) -> Tensor:
+        """As the reference, for counts in int32."""
+        result: Tensor = torch.ops.cuda_ops.apply_penalties(
+            logits, prompt_counts, output_counts, repetition_penalty, presence_penalty, frequency_penalty
+        )
         return result
 
     def rope(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:

@@ -28,6 +28,9 @@ write_kv dtype float32 bfloat16 float16
 write_kv head_dim any
 act_and_mul dtype float32 bfloat16 float16
 act_and_mul activation silu gelu gelu_tanh relu
+softcap dtype float32 bfloat16 float16
+sample dtype float32
+apply_penalties dtype float32
 paged_attention dtype bfloat16 float16
 paged_attention head_dim 64 80 96 128 256
 paged_attention group any

@@ -96,6 +96,7 @@ def test_a_cpu_machine_runs_on_the_cpu_and_says_why_not_elsewhere() -> None:
 
 
 def test_auto_takes_the_first_that_misses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer_nothing(monkeypatch, "cuda")
     offer_everything(monkeypatch, "triton")
     assert resolve(planning(H200), checkpoint(), H200, "generate").settings.backend == "triton"
     offer_everything(monkeypatch, "cuda")
@@ -106,6 +107,7 @@ def test_auto_takes_the_first_that_misses_nothing(monkeypatch: pytest.MonkeyPatc
 def test_auto_passes_over_reference_ops_in_the_decode_step_and_a_named_engine_does_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    offer_nothing(monkeypatch, "cuda")
     offer_everything(monkeypatch, "triton", reference=frozenset({"rope"}))
     plan = resolve(planning(H200), checkpoint(), H200, "generate")
     assert plan.settings.backend == "cpu"
@@ -168,6 +170,13 @@ def offer_everything(monkeypatch: pytest.MonkeyPatch, backend: str, **changes: A
     monkeypatch.setattr(module, "offers", lambda host: replace(offered, sm=host.compute_capability))
 
 
+def offer_nothing(monkeypatch: pytest.MonkeyPatch, *backends: str) -> None:
+    from engines.capability import Offer
+
+    for backend in backends:
+        monkeypatch.setattr(f"engines.{backend}.offers.offers", lambda host, name=backend: Offer(engine=name))
+
+
 # The truth table
 
 QUANTIZATIONS: dict[str, dict[str, Any] | None] = {
@@ -212,8 +221,8 @@ def test_every_combination_has_a_verdict_or_a_named_error(architecture: str, hos
         config["quantization_config"] = QUANTIZATIONS[quantization]
         known = architecture in discover.transformers_causal_architectures()
         runnable = architecture != "NobodyForCausalLM" and quantization == "none" and not adapters
-        if backend == "cuda":
-            runnable = runnable and host in ("sm80", "sm90") and dtype != "float32" and architecture[:4] != "GPT2"
+        on_cuda = host in ("sm80", "sm90") and dtype != "float32" and architecture[:4] != "GPT2" and backend != "cpu"
+        runnable = runnable and (on_cuda or backend != "cuda")
         runnable = runnable and (host != "tiny memory" or architecture == "GPT2LMHeadModel")
         try:
             plan = resolve(asked, checkpoint(**config), HOSTS[host], "generate", known)
@@ -222,7 +231,7 @@ def test_every_combination_has_a_verdict_or_a_named_error(architecture: str, hos
             check_sentences(str(error), architecture, quantization, host, dtype, adapters, backend)
         else:
             assert runnable
-            assert plan.settings.backend == ("cuda" if backend == "cuda" else "cpu")
+            assert plan.settings.backend == ("cuda" if on_cuda else "cpu")
             assert plan.settings.implementation == ("transformers" if architecture.startswith("GPT2") else "native")
             assert json.loads(json.dumps(plan.to_dict()))["settings"]["backend"] == plan.settings.backend
 
@@ -484,7 +493,8 @@ def test_a_described_host_can_only_be_planned_for() -> None:
 # Memory
 
 
-def test_memory_of_llama_3_8b() -> None:
+def test_memory_of_llama_3_8b(monkeypatch: pytest.MonkeyPatch) -> None:
+    offer_nothing(monkeypatch, "cuda", "triton")
     config = EngineConfig(kv_memory_fraction=0.5)
     plan = resolve(planning(H200, backend_config=config), checkpoint(), H200, "generate")
     on_gpu = plan.memory[1]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from engines.capability import difference, reference_ops
+from engines.api import Kind
+from engines.capability import difference
 from engines.cuda import offers, table
-from engines.models.spec import DecoderSpec, RopeSpec, requirements
+from engines.models.spec import DecoderSpec, EncoderSpec, RopeSpec, requirements
 from engines.platform import Host
 
 H200 = Host("this", "cuda", compute_capability=(9, 0), extensions=frozenset({"cuda"}))
@@ -73,8 +74,14 @@ def test_float32_is_missed_where_attention_lacks_it() -> None:
     assert missed == ["paged_attention dtype=float32: cuda offers bfloat16, float16"]
 
 
-def test_ops_without_a_kernel_are_named() -> None:
+@pytest.mark.parametrize("kind", ("generate", "score"))
+def test_no_op_of_a_decoder_is_left_to_the_reference(kind: Kind) -> None:
     described = offers.offers(H200_DESCRIBED)
-    needed = requirements(LLAMA, "bfloat16", "generate")
-    slow = [need.op for need in needed if need.in_decode_step and need.op in offers.REFERENCE]
-    assert reference_ops(needed, described) == slow
+    assert difference(requirements(LLAMA, "bfloat16", kind), described) == []
+    assert described.reference == frozenset()
+
+
+def test_encoders_are_not_offered() -> None:
+    encoder = EncoderSpec(100, 64, 128, 2, 4, 512)
+    missed = difference(requirements(encoder, "bfloat16", "embed"), offers.offers(H200_DESCRIBED))
+    assert "encoder_attention: cuda does not offer it" in missed

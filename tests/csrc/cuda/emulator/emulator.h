@@ -324,4 +324,5 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   });
 }
 inline int __popc(unsigned x) { return std::popcount(x); }
+inline int __clz(unsigned x) { return std::countl_zero(x); }
 inline int __ffs(unsigned x) { return x ? std::countr_zero(x) + 1 : 0; }
