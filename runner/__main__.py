@@ -58,7 +58,7 @@ def command_line(argv: Sequence[str]) -> int:
         return 0
     parser = get_args_parser()
     parser.prog = "python -m runner"
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         _check_flags(args)
         with _hydra(args) as hydra:

@@ -186,11 +186,12 @@ def test_the_library_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_library_that_does_not_load_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.delenv("DISABLE_CPU_EXTENSION", raising=False)
-    monkeypatch.setattr(extension, "LIBRARY", tmp_path / "_cpu_ops.so")
-    assert extension.reason() == "_cpu_ops.so was not built; reinstall with a C++20 compiler on PATH"
-    extension.LIBRARY.write_bytes(b"not a library")
+    library = replace(extension.CPU, path=tmp_path / "_cpu_ops.so")
+    assert extension.reason(library) == "_cpu_ops.so was not built; reinstall with a C++20 compiler on PATH"
+    library.path.write_bytes(b"not a library")
+    assert extension.reason(library) is None
     with pytest.raises(OSError, match=r"expected a library built for this torch .*; reinstall the project"):
-        OpSet()
+        extension.load(library)
 
 
 def in_process(isa: str, script: str) -> subprocess.CompletedProcess[str]:
