@@ -68,6 +68,8 @@ class Offer:
     """Compute capability of the device, for `since`."""
     since: Mapping[Value, tuple[int, int]] = field(default_factory=dict)
     """Attribute value -> first compute capability that has it, as {"bfloat16": (8, 0)}."""
+    dequantized: frozenset[Value] = frozenset()
+    """Values of linear's attribute `weights` that are turned into the compute dtype at load, with its memory."""
     reference: frozenset[str] = frozenset()
     """Ops that run on the plain torch reference here."""
     notes: tuple[str, ...] = ()
@@ -122,11 +124,16 @@ def _spell(value: Value) -> str:
 def quantization_attributes(config: Mapping[str, Any] | None) -> dict[str, Value]:
     """The attributes of `linear` that a checkpoint's quantization_config asks for; {} for plain weights.
 
-    Names are those of the configs that transformers writes: bits, group_size, sym, desc_act, version, fmt, activation.
+    Names are those of the configs that transformers writes: bits, group_size, sym, desc_act, version, format,
+    activation_scheme, weight_block_size. `weights` is what op sets multiply, whatever the file's layout: w2a16, w4a16,
+    w8a16 (integers with a scale for each group), w8a8 (8-bit integers on both sides), fp8, mxfp4.
     """
     if config is None:
         return {}
-    attributes: dict[str, Value] = {"quantization": str(config.get("quant_method", "unknown"))}
+    method = str(config.get("quant_method", "compressed-tensors" if "config_groups" in config else "unknown"))
+    if "config_groups" in config:
+        method, config = "compressed-tensors", _flattened(config)
+    attributes: dict[str, Value] = {"quantization": method}
     for name, keys in {
         "bits": ("bits", "w_bit"),
         "group_size": ("group_size", "q_group_size"),
@@ -142,4 +149,35 @@ def quantization_attributes(config: Mapping[str, Any] | None) -> dict[str, Value
     tile = config.get("weight_block_size")
     if isinstance(tile, list):
         attributes["weight_block_size"] = "x".join(str(side) for side in tile)
-    return attributes
+    weights = _weights(method, attributes, config.get("type"))
+    return {**attributes, "weights": weights} if weights else attributes
+
+
+def _flattened(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of compressed-tensors in the words of the others: its first group's, as a rule the only one."""
+    group: Mapping[str, Any] = next(iter((config["config_groups"] or {}).values()), {})
+    weights, inputs = group.get("weights") or {}, group.get("input_activations")
+    flat = {
+        "bits": weights.get("num_bits", 8),
+        "group_size": weights.get("group_size"),
+        "sym": weights.get("symmetric", True),
+        "desc_act": True if weights.get("actorder") == "group" else None,
+        "format": group.get("format") or config.get("format"),
+        "type": weights.get("type", "int"),
+        "weight_block_size": weights.get("block_structure"),
+    }
+    if inputs:
+        flat["activation_scheme"] = "dynamic" if inputs.get("dynamic") else "static"
+    return flat
+
+
+def _weights(method: str, attributes: Mapping[str, Value], kind: str | None) -> str | None:
+    if method in ("fp8", "mxfp4"):
+        return method
+    if kind == "float":
+        return "fp8"
+    if kind == "int" and "activation_scheme" in attributes:
+        return "w8a8"
+    if method in ("awq", "gptq", "compressed-tensors") and "bits" in attributes:
+        return f"w{attributes['bits']}a16"
+    return None

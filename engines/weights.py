@@ -21,6 +21,14 @@ from engines.api import CheckpointError
 from engines.checkpoint import FLOAT_DTYPES, Checkpoint, inside
 from engines.models.spec import CheckpointLayout, PackedModules
 
+STORED = {
+    torch.float8_e4m3fn: ("F8_E4M3",),
+    torch.int8: ("I8",),
+    torch.uint8: ("U8",),
+    torch.int32: ("I32",),
+    torch.int64: ("I64", "I32"),
+}
+"""What a tensor that is not converted to a float may be stored as."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "float64": torch.float64}
 _SHOWN = 8
 _OPEN_FILES = 2
@@ -77,9 +85,36 @@ class Weights:
 
     def take(self, name: str, *shape: int) -> Tensor:
         """A new tensor of that shape, in the compute dtype, on the device."""
-        out = torch.empty(shape, dtype=self.dtype, device=self.device)
-        self._read(self.stored_name(name), shape, out)
+        return self.read(self.stored_name(name), shape, self.dtype)
+
+    def read(self, stored: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A new tensor by the name that the checkpoint has for it. A float is converted from any float, another type
+        is what is stored."""
+        out = torch.empty(shape, dtype=dtype, device=self.device)
+        self._read(stored, shape, out)
         return out
+
+    def stored(self, name: str) -> bool:
+        """Whether the checkpoint has a tensor of this name, as the checkpoint spells it."""
+        return name in self.checkpoint.tensors
+
+    def modules(self, source: LinearSource) -> tuple[list[tuple[str, int]], Tensor | None]:
+        """([(a stored module, its output features)], which of those rows, end to end, the source's rows are).
+
+        The second is None where the order is the same.
+        """
+        packed = self._packed(source.names)
+        if packed is None:
+            pairs = zip(source.names, source.out_features, strict=True)
+            return [(self.stored_name(f"{name}.weight").removesuffix(".weight"), rows) for name, rows in pairs], None
+        parent = source.names[0].rpartition(".")[0]
+        total = sum(source.out_features)
+        stored = self.stored_name(f"{parent}.{packed.stored}.weight").removesuffix(".weight")
+        if not packed.grouped:
+            return [(stored, total)], None
+        per_group = [count // source.groups for count in source.out_features]
+        parts = torch.arange(total).view(source.groups, -1).split(per_group, dim=1)
+        return [(stored, total)], torch.cat([part.flatten() for part in parts])
 
     def stack(self, source: LinearSource, suffix: str, *row_shape: int) -> Tensor:
         """The tensors `<name>.<suffix>` of all the source's modules, one below the other, as one new tensor."""
@@ -128,8 +163,8 @@ class Weights:
             self.problems.append(f"missing: {name} {list(shape)}")
         elif info.shape != shape:
             self.problems.append(f"wrong shape: {name} is {list(info.shape)}, config.json says {list(shape)}")
-        elif info.dtype not in FLOAT_DTYPES:
-            self.problems.append(f"wrong type: {name} is {info.dtype}, expected one of {', '.join(FLOAT_DTYPES)}")
+        elif info.dtype not in (accepted := STORED.get(out.dtype, tuple(FLOAT_DTYPES))):
+            self.problems.append(f"wrong type: {name} is {info.dtype}, expected one of {', '.join(accepted)}")
 
     def _open(self, file: str) -> Any:
         if file not in self._files:

@@ -42,9 +42,12 @@ class Memory:
         return int(self.kv_tokens // num_tokens) if num_tokens else 0
 
 
-def weight_bytes(checkpoint: Checkpoint, spec: ModelSpec | None, dtype: str) -> int:
-    """What the weights take once loaded: float tensors in the compute dtype, packed ones as they are."""
-    if not checkpoint.tensors:
+def weight_bytes(checkpoint: Checkpoint, spec: ModelSpec | None, dtype: str, dequantized: bool = False) -> int:
+    """What the weights take once loaded: float tensors in the compute dtype, packed ones as they are.
+
+    dequantized: whether the engine turns packed ones into the compute dtype.
+    """
+    if not checkpoint.tensors or (dequantized and spec):
         return costs.weight_bytes(spec, dtype) if spec else 0
     tied = isinstance(spec, DecoderSpec) and spec.tie_word_embeddings
     total = 0
@@ -66,6 +69,7 @@ def memory_of(
     host: Host,
     on_cpu: bool,
     tp: int,
+    dequantized: bool = False,
 ) -> Memory:
     """What one device of the host, or its CPU, would hold; spec None: a model whose cache is not known."""
     if on_cpu:
@@ -76,7 +80,7 @@ def memory_of(
     else:
         device, total, free = host.device_name or host.device, host.memory_bytes, host.free_bytes
     length = config.max_model_len or 0
-    weights = weight_bytes(checkpoint, spec, dtype) // tp
+    weights = weight_bytes(checkpoint, spec, dtype, dequantized) // tp
     per_token = costs.kv_bytes_per_token(spec, dtype) // tp if spec else 0
     tokens = max(config.max_num_batched_tokens, config.max_num_seqs)
     activations = costs.activation_bytes(spec, dtype, tokens, config.max_num_seqs) if spec else 0

@@ -172,10 +172,12 @@ def resolve(job: JobConfig, checkpoint: Checkpoint, host: Host, kind: Kind, thro
         numerics="fast" if job.numerics == "fast" else "invariant",
         trust_remote_code=spec is None and not through_transformers,
     )
-    memory = [memory_of(checkpoint, spec, chosen.dtype, config, host, chosen.engine == "cpu", job.parallelism.tp)]
-    if chosen.engine == "cpu" and host.device != "cpu":
+    on_cpu, tp = chosen.engine == "cpu", job.parallelism.tp
+    dense = _dequantizes(_offer(chosen.engine, host), checkpoint)
+    memory = [memory_of(checkpoint, spec, chosen.dtype, config, host, on_cpu, tp, dense)]
+    if on_cpu and host.device != "cpu":
         dtype = resolve_dtype(wanted, checkpoint.dtype, host, on_cpu=False)[0]
-        memory.append(memory_of(checkpoint, spec, dtype, config, host, False, job.parallelism.tp))
+        memory.append(memory_of(checkpoint, spec, dtype, config, host, False, tp))
     notes += memory_notes(memory[0])
     return Plan(job, settings, verdicts, tuple(notes), tuple(memory), host, checkpoint.architecture, spec)
 
@@ -368,22 +370,36 @@ def _verdict(
 ) -> Verdict:
     on_cpu = engine == "cpu"
     dtype, note = resolve_dtype(config.dtype, checkpoint.dtype, host, on_cpu)
-    offer: Offer = importlib.import_module(f"engines.{engine}.offers").offers(host)
+    offer = _offer(engine, host)
     needed = needs(job, checkpoint, spec, dtype, kind)
     missed = difference(needed, offer)
     slow = [f"{op}: reference op inside the decode step" for op in reference_ops(needed, offer)]
     notes = [note] if note else []
+    dense = _dequantizes(offer, checkpoint)
+    if dense and spec is not None:
+        method = quantization_attributes(checkpoint.quantization)["quantization"]
+        notes.append(f"{method}: weights are dequantized to {dtype} at load and take the memory of that")
     if slow and job.backend == "auto" and engine != ORDER[-1]:
         missed += slow
     elif slow:
         notes += [f"{text} ({', '.join(offer.notes)})" if offer.notes else text for text in slow]
-    memory = memory_of(checkpoint, spec, dtype, config, host, on_cpu, job.parallelism.tp)
+    memory = memory_of(checkpoint, spec, dtype, config, host, on_cpu, job.parallelism.tp, dense)
     if memory.fits is False and not offer.blockers:
         missed.append(
             f"memory: weights {gb(memory.weight_bytes)} + activations {gb(memory.activation_bytes)} > "
             f"{gb(memory.total_bytes)} of {memory.device}"
         )
     return Verdict(engine, tuple(missed), dtype, tuple(notes))
+
+
+def _offer(engine: str, host: Host) -> Offer:
+    offer: Offer = importlib.import_module(f"engines.{engine}.offers").offers(host)
+    return offer
+
+
+def _dequantizes(offer: Offer, checkpoint: Checkpoint) -> bool:
+    """Whether the engine holds a quantized checkpoint's weights in the compute dtype."""
+    return quantization_attributes(checkpoint.quantization).get("weights") in offer.dequantized
 
 
 def _choose(job: JobConfig, checkpoint: Checkpoint, verdicts: Sequence[Verdict]) -> Verdict:

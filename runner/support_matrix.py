@@ -41,6 +41,11 @@ DTYPE_EVIDENCE = {
     ("cpu", "bfloat16"): "tests/parity/test_logits.py",
     ("cpu", "float16"): "",
 }
+FORMAT_EVIDENCE = {
+    "dense": "tests/parity/test_logits.py",
+    **dict.fromkeys(("awq", "compressed_tensors", "fp8", "gptq", "mxfp4"), "tests/engines/formats/test_formats.py"),
+}
+"""On the CPU engine; what other engines take of them is in their offers."""
 DEVICE_EVIDENCE = {
     "x86-64 CPU, Linux": (TESTED, "all tests run there"),
     "ARM CPU, Linux": (UNTESTED, "plain torch serves it; nothing was run there"),
@@ -114,8 +119,7 @@ def _dtypes() -> str:
 
 
 def _formats() -> str:
-    rows = [(name, _proof("tests/parity/test_logits.py") if name == "dense" else UNTESTED) for name in
-            discover.names("engines.formats")]  # fmt: skip
+    rows = [(name, _proof(FORMAT_EVIDENCE.get(name, ""))) for name in discover.names("engines.formats")]
     return _table(("format", ""), rows)
 
 

@@ -17,6 +17,8 @@ from torch import Tensor
 from engines.batch import Batch
 from engines.ops import OpSet
 from engines.ops.kv_cache import KVCache
+from engines.ops.moe import Projection
+from engines.ops.quantized import Float8Weight, GroupedIntWeight, Int8Weight, MXFP4Weight, QuantizedWeight
 from engines.ops.sampling import SamplingBatch
 from tests import attention_cases
 
@@ -43,7 +45,14 @@ def call(ops: OpSet, case: Case, arguments: tuple[Any, ...]) -> list[Tensor]:
     own = convert(arguments)
     if case.op == "linear":
         x, weight, bias = own
-        returned = ops.linear(x, ops.prepare_linear(weight, bias))
+        if isinstance(weight, Tensor):
+            prepared = ops.prepare_linear(weight, bias)
+        else:
+            prepared = ops.prepare_quantized(weight, bias, x.dtype)
+        returned = ops.linear(x, prepared)
+    elif case.op == "fused_experts":
+        x, gate_up, down, *routed = own
+        returned = ops.fused_experts(x, ops.prepare_experts(gate_up, down, x.dtype), *routed, **case.options)
     else:
         returned = getattr(ops, case.op)(*own, **case.options)
     returned = returned if isinstance(returned, tuple) else (returned,)
@@ -77,7 +86,18 @@ def numbers(*shape: int, dtype: torch.dtype, seed: int = 0, stretch: float = 1.0
 
 
 def cases() -> tuple[Case, ...]:
-    makers = (norms, activations, rotations, cache_writes, attentions, encoders, products, choices)
+    makers = (
+        norms,
+        activations,
+        rotations,
+        cache_writes,
+        attentions,
+        encoders,
+        products,
+        quantized_products,
+        experts,
+        choices,
+    )
     return tuple(itertools.chain.from_iterable(make() for make in makers))
 
 
@@ -109,13 +129,15 @@ def norms() -> Iterator[Case]:
 
 
 def activations() -> Iterator[Case]:
-    for name in ("silu", "gelu", "gelu_tanh", "relu"):
+    for name in ("silu", "gelu", "gelu_tanh", "relu", "swiglu_oai"):
         for rows, size in ((0, 64), (1, 1), (7, 33), (64, 192)):
 
             def gated(dtype: torch.dtype, rows: int = rows, size: int = size, name: str = name) -> tuple[Any, ...]:
                 return numbers(rows, 2 * size, dtype=dtype, stretch=10.0), name
 
             yield Case("act_and_mul", f"{name} {rows}x{size}", gated, {})
+            if name == "swiglu_oai":
+                continue
 
             def plain(dtype: torch.dtype, rows: int = rows, size: int = size, name: str = name) -> tuple[Any, ...]:
                 return numbers(rows, size, dtype=dtype, stretch=10.0), name
@@ -191,6 +213,98 @@ def products() -> Iterator[Case]:
 
     yield Case("embedding", "4", rows_of_a_table, {})
     yield Case("embedding", "0", lambda dtype: (torch.zeros(0, dtype=torch.int64), rows_of_a_table(dtype)[1]), {})
+
+
+def quantized_weights(out: int, size: int) -> dict[str, QuantizedWeight]:
+    """A weight of every class and variant; size is a multiple of 32."""
+    generator = torch.Generator().manual_seed(out)
+
+    def integers(*shape: int, low: int = 0, high: int = 256, dtype: torch.dtype = torch.uint8) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator).to(dtype)
+
+    def scales(*shape: int) -> Tensor:
+        return (torch.rand(shape, generator=generator) + 0.5) * 0.02
+
+    def grouped(bits: int, group: int, order: Tensor | None = None) -> GroupedIntWeight:
+        groups = -(-size // group)
+        zeros = integers(out, groups, high=2**bits + 1, dtype=torch.int16)
+        return GroupedIntWeight(integers(out, size, high=2**bits), scales(out, groups), zeros, bits, group, order)
+
+    eight = integers(out, size, low=-127, high=128, dtype=torch.int8)
+    floats = torch.randn(out, size, generator=generator).to(torch.float8_e4m3fn)
+    tiles = scales(-(-out // 16), -(-size // 16))
+    return {
+        "w4 g32": grouped(4, 32),
+        "w4 one group": grouped(4, size),
+        "w4 act-order": grouped(4, 32, torch.randperm(size, generator=generator)),
+        "w8 g32": grouped(8, 32),
+        "int8": Int8Weight(eight, scales(out)),
+        "int8 static": Int8Weight(eight, scales(out), torch.tensor(0.03)),
+        "fp8 rows": Float8Weight(floats, scales(out, 1), (1, size)),
+        "fp8 tiles": Float8Weight(floats, tiles, (16, 16)),
+        "mxfp4": MXFP4Weight(integers(out, size // 2), integers(out, size // 32, low=118, high=123)),
+    }
+
+
+def quantized_products() -> Iterator[Case]:
+    for rows, size, out, bias in ((0, 64, 24, False), (1, 32, 16, True), (5, 96, 40, True), (70, 192, 64, False)):
+        for name in quantized_weights(out, size):
+
+            def make(
+                dtype: torch.dtype, rows: int = rows, size: int = size, out: int = out, bias: bool = bias,
+                name: str = name,
+            ) -> tuple[Any, ...]:  # fmt: skip
+                offset = numbers(out, dtype=dtype, seed=2).contiguous() if bias else None
+                return numbers(rows, size, dtype=dtype).contiguous(), quantized_weights(out, size)[name], offset
+
+            yield Case("linear", f"{name} {rows}x{size}x{out}{'+bias' if bias else ''}", make, {})
+
+
+def experts() -> Iterator[Case]:
+    """Experts that no token goes to, and tokens that all go to one."""
+    for rows, count, top_k in ((0, 4, 2), (1, 4, 1), (3, 5, 5), (50, 16, 3)):
+
+        def logits(dtype: torch.dtype, rows: int = rows, count: int = count) -> Tensor:
+            generator = torch.Generator().manual_seed(rows)
+            ranks = torch.stack([torch.randperm(count, generator=generator) for _ in range(rows)]) if rows else (
+                torch.zeros(0, count))  # fmt: skip
+            return (ranks.float() / 4 - 1).to(dtype)
+
+        shape = f"{rows}x{count}/{top_k}"
+        for scoring, normalize in (("softmax", False), ("softmax", True), ("softmax_of_chosen", True)):
+            options = {"top_k": top_k, "scoring": scoring, "normalize": normalize}
+            yield Case("route", f"{scoring} {normalize} {shape}", lambda dtype, make=logits: (make(dtype),), options)
+        if count % 4 == 0:
+            grouped = {"top_k": top_k, "scoring": "sigmoid", "normalize": True, "scale": 2.5,
+                       "bias": torch.linspace(-0.4, 0.3, count), "num_groups": 4, "top_groups": 3}  # fmt: skip
+            yield Case("route", f"sigmoid {shape}", lambda dtype, make=logits: (make(dtype),), grouped)
+            limited = {**grouped, "scoring": "softmax", "normalize": False, "bias": None}
+            yield Case("route", f"limited {shape}", lambda dtype, make=logits: (make(dtype),), limited)
+
+        for kind, bias in (("dense", True), ("w4 g32", False), ("mxfp4", True)):
+
+            def make(
+                dtype: torch.dtype, rows: int = rows, count: int = count, top_k: int = top_k, kind: str = kind,
+                bias: bool = bias, logits: Callable[..., Tensor] = logits,
+            ) -> tuple[Any, ...]:  # fmt: skip
+                def stack(out: int, size: int) -> tuple[Projection, ...]:
+                    made = []
+                    for expert in range(count):
+                        weight = numbers(out, size, dtype=dtype, seed=expert, stretch=0.2).contiguous()
+                        offset = numbers(out, dtype=dtype, seed=expert + 50).contiguous() if bias else None
+                        packed = None if kind == "dense" else quantized_weights(out, size)[kind]
+                        made.append(Projection(weight if packed is None else packed, offset))
+                    return tuple(made)
+
+                x = numbers(rows, 96, dtype=dtype).contiguous()
+                ids = logits(torch.float32).topk(top_k, dim=-1).indices
+                if rows > 10:
+                    ids[5:30] = torch.arange(top_k)  # a crowd at a few of them
+                weights = torch.rand(rows, top_k, generator=torch.Generator().manual_seed(1))
+                return x, stack(2 * 64, 96), stack(96, 64), weights, ids
+
+            activation = "swiglu_oai" if kind == "mxfp4" else "silu"
+            yield Case("fused_experts", f"{kind} {shape}", make, {"activation": activation})
 
 
 def choices() -> Iterator[Case]:

@@ -18,10 +18,27 @@ class Config(EngineConfig):
 
 
 DTYPES = one_of("float32", "bfloat16", "float16")
+WEIGHTS = ("w2a16", "w4a16", "w8a16", "w8a8", "fp8", "mxfp4")
+FORMATS = ("gptq", "gptq_v2", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+QUANTIZED: dict[str, Allowed] = {
+    "dtype": DTYPES,
+    "quantization": one_of("awq", "gptq", "fp8", "compressed-tensors", "mxfp4"),
+    "weights": one_of(*WEIGHTS),
+    "bits": one_of(2, 4, 8),
+    "group_size": Allowed(values=(-1,), ge=1),
+    "sym": YES,
+    "desc_act": YES,
+    "version": one_of("gemm", "GEMM"),
+    "format": one_of(*FORMATS, "e4m3", "float8_e4m3fn"),
+    "activation_scheme": one_of("dynamic", "static"),
+    "weight_block_size": ANYTHING,
+}
 HEADS = {"dtype": DTYPES, "head_dim": ANYTHING}
 OPS: dict[str, dict[str, Allowed]] = {
     "embedding": {"dtype": DTYPES},
-    "linear": {"dtype": DTYPES, "quantization": DENSE_ONLY},
+    "linear": QUANTIZED,
+    "route": {"scoring": ANYTHING},
+    "fused_experts": {**QUANTIZED, "activation": ANYTHING},
     "rms_norm": {"dtype": DTYPES, "weight_offset": YES},
     "add_rms_norm": {"dtype": DTYPES, "weight_offset": YES},
     "layer_norm": {"dtype": DTYPES},
@@ -49,6 +66,7 @@ def offers(host: Host) -> Offer:
     return Offer(
         engine="cpu",
         ops=OPS,
+        dequantized=frozenset(WEIGHTS) - {"w8a8"},
         reference=frozenset() if built else COMPILED,
         notes=() if built else ("compiled CPU library absent: reinstall with a C++20 compiler on PATH",),
     )

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
-
-from engines.ops import OpSet
-from engines.ops.linear import LinearWeight
+from engines.ops.moe import Projection
 from engines.weights import LinearSource, Weights
 
 
@@ -16,13 +13,16 @@ def detect(quantization: dict[str, Any] | None) -> bool:
     return quantization is None
 
 
-def load(weights: Weights, source: LinearSource, ops: OpSet) -> LinearWeight:
-    """The projections of a source, merged and prepared for the op set. The tensors that were read are freed."""
+def read(weights: Weights, source: LinearSource) -> Projection:
+    """The projections of a source, one below the other."""
     weight = weights.stack(source, "weight", source.in_features)
-    bias = weights.stack(source, "bias") if source.bias else None
-    return ops.prepare_linear(weight, bias)
+    return Projection(weight, weights.stack(source, "bias") if source.bias else None)
 
 
-def linear(ops: OpSet, x: Tensor, weight: LinearWeight) -> Tensor:
-    """x: [num_tokens, in_features]; returns [num_tokens, sum of out_features]."""
-    return ops.linear(x, weight)
+def read_stacked(
+    weights: Weights, name: str, num_experts: int, out_features: int, in_features: int
+) -> list[Projection]:
+    """One projection of every expert, from tensors that hold them all: [num_experts, in_features, out_features]."""
+    stacked = weights.take(name, num_experts, in_features, out_features)
+    biases = weights.take(f"{name}_bias", num_experts, out_features)
+    return [Projection(weight.T, bias) for weight, bias in zip(stacked, biases, strict=True)]

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 from torch import Tensor
 
 from engines.ops import OpSet
+from engines.ops.moe import Projection
 from engines.weights import LinearSource, Weights
 
 
 class Format(Protocol):
-    """What a module of engines/formats offers."""
+    """What a module of engines/formats offers, besides `detect`."""
 
-    def load(self, weights: Weights, source: LinearSource, ops: OpSet) -> Any: ...
+    def read(self, weights: Weights, source: LinearSource) -> Projection: ...
 
-    def linear(self, ops: OpSet, x: Tensor, weight: Any) -> Tensor: ...
+    def read_stacked(
+        self, weights: Weights, name: str, num_experts: int, out_features: int, in_features: int
+    ) -> list[Projection]: ...
 
 
 class Linear:
@@ -23,8 +26,11 @@ class Linear:
 
     def __init__(self, source: LinearSource, weights: Weights, fmt: Format, ops: OpSet) -> None:
         self.ops = ops
-        self.format = fmt
-        self.weight = fmt.load(weights, source, ops)
+        read = fmt.read(weights, source)
+        if isinstance(read.weight, Tensor):
+            self.weight = ops.prepare_linear(read.weight, read.bias)
+        else:
+            self.weight = ops.prepare_quantized(read.weight, read.bias, weights.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.format.linear(self.ops, x, self.weight)
+        return self.ops.linear(x, self.weight)

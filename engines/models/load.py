@@ -30,6 +30,11 @@ def load_model(settings: EngineSettings, ops: OpSet) -> Model:
     checkpoint = open_checkpoint(settings.model_path)
     fmt = weight_format(checkpoint)
     if settings.implementation == "transformers":
+        if checkpoint.quantization is not None:
+            raise UnsupportedModelError(
+                f"{checkpoint.path}: weights are quantized ({_method(checkpoint)}) and {checkpoint.architecture} runs "
+                "through transformers; expected plain weights; use the unquantized checkpoint"
+            )
         from engines.models.transformers_model import load_transformers_model
 
         return load_transformers_model(settings, checkpoint, ops)
@@ -53,7 +58,8 @@ def load_model(settings: EngineSettings, ops: OpSet) -> Model:
             return Encoder(spec, settings.kind == "classify", length, source, fmt, here)
         return Decoder(spec, HEAD_OF_KIND[settings.kind], length, source, fmt, here)
 
-    return build(make, weights, ignored=HEADS if settings.kind == "embed" else ())
+    ignored = getattr(fmt, "IGNORED", ()) + (HEADS if settings.kind == "embed" else ())
+    return build(make, weights, ignored)
 
 
 def weight_format(checkpoint: Checkpoint) -> ModuleType:
@@ -65,12 +71,15 @@ def weight_format(checkpoint: Checkpoint) -> ModuleType:
     for module in formats.values():
         if module.detect(checkpoint.quantization):
             return module
-    assert checkpoint.quantization is not None
-    method = checkpoint.quantization.get("quant_method") or checkpoint.quantization.get("format") or "unnamed"
     raise UnsupportedModelError(
-        f"{checkpoint.path}: weights are quantized ({method}); expected one of {', '.join(formats)}; "
+        f"{checkpoint.path}: weights are quantized ({_method(checkpoint)}); expected one of {', '.join(formats)}; "
         "use the unquantized checkpoint"
     )
+
+
+def _method(checkpoint: Checkpoint) -> str:
+    said = checkpoint.quantization or {}
+    return str(said.get("quant_method") or said.get("format") or "unnamed")
 
 
 def native_architectures() -> list[str]:

@@ -6,11 +6,14 @@ Shapes, dtypes and rounding are in the docstrings of the references, which are t
 
 from __future__ import annotations
 
-from engines.ops import activation, attention, embedding, kv_cache, linear, norm, rotary, sampling
+from engines.ops import activation, attention, embedding, kv_cache, linear, moe, norm, rotary, sampling
 
 
 class OpSet:
-    """Every op on plain torch; right on every device, and what the overrides are tested against."""
+    """Every op on plain torch; right on every device, and what the overrides are tested against.
+
+    Ops that are made of others (experts of products and activations) take those of the same op set.
+    """
 
     rms_norm = staticmethod(norm.rms_norm)
     add_rms_norm = staticmethod(norm.add_rms_norm)
@@ -24,7 +27,11 @@ class OpSet:
     act_and_mul = staticmethod(activation.act_and_mul)
     softcap = staticmethod(activation.softcap)
     prepare_linear = staticmethod(linear.prepare_linear)
+    prepare_quantized = linear.prepare_quantized
     linear = staticmethod(linear.linear)
+    prepare_experts = moe.prepare_experts
+    route = staticmethod(moe.route)
+    fused_experts = moe.fused_experts
     embedding = staticmethod(embedding.embedding)
     apply_penalties = staticmethod(sampling.apply_penalties)
     sample = staticmethod(sampling.sample)

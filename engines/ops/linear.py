@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
+
+from engines.ops.quantized import Int8Weight, QuantizedWeight
+
+if TYPE_CHECKING:
+    from engines.ops import OpSet
 
 
 @dataclass(frozen=True)
 class LinearWeight:
-    """A dense weight in whatever form the op set multiplies fastest. Only op sets look inside."""
+    """A weight in whatever form the op set multiplies fastest. Only op sets look inside."""
 
     data: Any
     bias: Tensor | None
@@ -24,6 +30,41 @@ def prepare_linear(weight: Tensor, bias: Tensor | None) -> LinearWeight:
     return LinearWeight(weight, bias, weight.shape[1], weight.shape[0])
 
 
+def prepare_quantized(self: OpSet, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> LinearWeight:
+    """As prepare_linear, for inputs of `dtype`. The reference keeps Int8Weight, whose inputs are rounded too, and
+    dequantizes all others into dtype: their products are then those of dense weights.
+
+    An op set that overrides this keeps what it can multiply and hands the others to this one; its offer says which.
+    """
+    if isinstance(weight, Int8Weight):
+        return LinearWeight(weight, bias, weight.shape[1], weight.shape[0])
+    return self.prepare_linear(weight.dequantize(dtype), bias)
+
+
 def linear(x: Tensor, weight: LinearWeight) -> Tensor:
-    """x @ weight.T + bias. x: [num_tokens, in_features]; returns [num_tokens, out_features], x's dtype."""
+    """x @ weight.T + bias. x: [num_tokens, in_features]; returns [num_tokens, out_features], x's dtype.
+
+    Int8Weight: inputs are rounded to 8-bit integers, half to even; integers are summed exactly; the sum times both
+    scales, and the bias, in float32 (float64 for float64), rounded once.
+    """
+    if isinstance(weight.data, Int8Weight):
+        return _int8_linear(x, weight.data, weight.bias)
     return functional.linear(x, weight.data, weight.bias)
+
+
+def quantize_input(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(int8 codes of x's shape, [num_tokens, 1] or [] scales) as Int8Weight.input_scale has it."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    if scale is None:
+        scale = (wide.abs().amax(1, keepdim=True) / 127).clamp(min=torch.finfo(torch.float32).tiny)
+    return (wide / scale).round().clamp(-128, 127).to(torch.int8), scale
+
+
+def _int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+    codes, scale = quantize_input(x, weight.input_scale)
+    if x.device.type == "cpu" and x.shape[0]:
+        sums: Tensor = torch._int_mm(codes, weight.data.T)
+    else:
+        sums = codes.double() @ weight.data.double().T
+    result = sums.to(scale.dtype) * scale * weight.scales.to(scale.dtype)
+    return (result if bias is None else result + bias).to(x.dtype)

@@ -97,15 +97,55 @@ def test_allowed(allowed: Allowed, value: Any, accepted: bool) -> None:
         (None, {}),
         (
             {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True},
-            {"quantization": "awq", "bits": 4, "group_size": 128, "version": "gemm"},
+            {"quantization": "awq", "bits": 4, "group_size": 128, "version": "gemm", "weights": "w4a16"},
         ),
         (
             {"quant_method": "gptq", "bits": 4, "group_size": -1, "desc_act": False, "sym": True},
-            {"quantization": "gptq", "bits": 4, "group_size": -1, "desc_act": False, "sym": True},
+            {"quantization": "gptq", "bits": 4, "group_size": -1, "desc_act": False, "sym": True, "weights": "w4a16"},
         ),
         (
             {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128]},
-            {"quantization": "fp8", "format": "e4m3", "activation_scheme": "dynamic", "weight_block_size": "128x128"},
+            {
+                "quantization": "fp8",
+                "format": "e4m3",
+                "activation_scheme": "dynamic",
+                "weight_block_size": "128x128",
+                "weights": "fp8",
+            },
+        ),
+        ({"quant_method": "mxfp4"}, {"quantization": "mxfp4", "weights": "mxfp4"}),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "int-quantized",
+                "config_groups": {
+                    "g": {"weights": {"num_bits": 8, "type": "int"}, "input_activations": {"dynamic": True}}
+                },
+            },
+            {
+                "quantization": "compressed-tensors",
+                "format": "int-quantized",
+                "bits": 8,
+                "sym": True,
+                "activation_scheme": "dynamic",
+                "weights": "w8a8",
+            },
+        ),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "config_groups": {"g": {"weights": {"num_bits": 4, "group_size": 128, "actorder": "group"}}},
+            },
+            {
+                "quantization": "compressed-tensors",
+                "format": "pack-quantized",
+                "bits": 4,
+                "group_size": 128,
+                "sym": True,
+                "desc_act": True,
+                "weights": "w4a16",
+            },
         ),
         ({"bits": 4}, {"quantization": "unknown", "bits": 4}),
     ],

@@ -150,11 +150,21 @@ def test_fallback_takes_the_next_engine_and_names_what_is_lost(monkeypatch: pyte
 
 
 def test_when_nothing_can_run_it_every_engine_says_why() -> None:
-    awq = {"quant_method": "awq", "bits": 4, "group_size": 128}
+    unread = {"quant_method": "bitsandbytes", "bits": 4}
     with pytest.raises(EngineError) as caught:
-        resolve(job(), checkpoint(quantization_config=awq), CPU, "generate")
-    assert "  cpu: linear quantization=awq: cpu offers unquantized weights only" in str(caught.value).splitlines()
+        resolve(job(), checkpoint(quantization_config=unread), CPU, "generate")
+    reason = "  cpu: linear quantization=bitsandbytes: cpu offers awq, gptq, fp8, compressed-tensors, mxfp4"
+    assert reason in str(caught.value).splitlines()
     assert "  cuda: no CUDA device: no NVIDIA driver was found" in str(caught.value)
+
+
+def test_weights_that_are_dequantized_at_load_are_counted_so() -> None:
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 128}
+    plan = resolve(job(), checkpoint(quantization_config=awq), CPU, "generate")
+    text = "awq: weights are dequantized to bfloat16 at load and take the memory of that"
+    assert text in next(verdict for verdict in plan.verdicts if verdict.engine == "cpu").notes
+    plain = resolve(job(), checkpoint(), CPU, "generate")
+    assert plan.memory[0].weight_bytes == plain.memory[0].weight_bytes
 
 
 def offer_everything(monkeypatch: pytest.MonkeyPatch, backend: str, **changes: Any) -> None:
@@ -220,8 +230,11 @@ def test_every_combination_has_a_verdict_or_a_named_error(architecture: str, hos
         config: dict[str, Any] = {"architectures": [architecture], "head_dim": head_dim, "n_positions": 1024}
         config["quantization_config"] = QUANTIZATIONS[quantization]
         known = architecture in discover.transformers_causal_architectures()
-        runnable = architecture != "NobodyForCausalLM" and quantization == "none" and not adapters
-        on_cuda = host in ("sm80", "sm90") and dtype != "float32" and architecture[:4] != "GPT2" and backend != "cpu"
+        native = architecture[:4] != "GPT2"
+        read = quantization == "none" or (native and quantization != "nameless")
+        runnable = architecture != "NobodyForCausalLM" and read and not adapters
+        on_cuda = host in ("sm80", "sm90") and dtype != "float32" and native and backend != "cpu"
+        on_cuda = on_cuda and quantization == "none"
         runnable = runnable and (on_cuda or backend != "cuda")
         runnable = runnable and (host != "tiny memory" or architecture == "GPT2LMHeadModel")
         try:
@@ -246,8 +259,10 @@ def check_sentences(
     method = (QUANTIZATIONS[quantization] or {}).get("quant_method", "unknown")
     op = "transformers_model" if architecture.startswith("GPT2") else "linear"
     of_cpu = backend != "cuda"
-    quantized = f"{op} quantization={method}: cpu offers unquantized weights only"
-    assert (quantized in text) == (of_cpu and quantization != "none")
+    offered = "unquantized weights only" if op != "linear" else "awq, gptq, fp8, compressed-tensors, mxfp4"
+    quantized = f"{op} quantization={method}: cpu offers {offered}"
+    unread = quantization != "none" if op != "linear" else quantization == "nameless"
+    assert (quantized in text) == (of_cpu and unread)
     assert ("lora: cpu does not offer it" in text) == (of_cpu and adapters)
     assert ("memory: weights" in text) == (of_cpu and host == "tiny memory" and op == "linear")
     of_cuda = backend != "cpu"

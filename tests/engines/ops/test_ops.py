@@ -43,7 +43,12 @@ def test_as_exact_as_the_reference(ops: OpSet, case: Case) -> None:
 
 
 def test_there_are_cases_for_every_op() -> None:
-    assert {case.op for case in CASES} | {"prepare_linear", "allocate_kv_cache"} == set(OP_NAMES)
+    assert {case.op for case in CASES} | {
+        "prepare_linear",
+        "prepare_quantized",
+        "prepare_experts",
+        "allocate_kv_cache",
+    } == set(OP_NAMES)
 
 
 def test_backends_are_found() -> None:

@@ -1,0 +1,113 @@
+"""What quantized formats share: parts read one by one, biases, and integers packed in 32-bit words."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from engines.api import UnsupportedModelError
+from engines.checkpoint import FLOAT_DTYPES
+from engines.ops.moe import Projection
+from engines.ops.quantized import QuantizedWeight, Weight, concatenate
+from engines.weights import LinearSource, Weights
+
+ReadPart = Callable[[str, int], QuantizedWeight]
+"""(stored module, output features) -> its weight"""
+
+
+def read_projection(weights: Weights, source: LinearSource, read_part: ReadPart) -> Projection:
+    """The projections of a source as one weight.
+
+    A module that the checkpoint keeps as a plain float weight is read as that: formats leave heads, and whatever else
+    their configuration names, unquantized. Parts that one class cannot hold are dequantized into one dense weight. A
+    bias that only the checkpoint knows of is kept: quantizers write zeros where a model has none.
+    """
+    modules, order = weights.modules(source)
+    parts = [_read(weights, source, name, rows, read_part) for name, rows in modules]
+    weight = concatenate(parts)
+    if weight is None:
+        dtype = weights.dtype
+        weight = torch.cat([part if isinstance(part, Tensor) else part.dequantize(dtype) for part in parts])
+    bias = _bias(weights, source, modules)
+    if order is not None:
+        weight = weight[order] if isinstance(weight, Tensor) else weight.rows(order)
+        bias = None if bias is None else bias[order]
+    return Projection(weight, bias)
+
+
+def _read(weights: Weights, source: LinearSource, name: str, rows: int, read_part: ReadPart) -> Weight:
+    plain = weights.checkpoint.tensors.get(f"{name}.weight")
+    if plain is not None and plain.dtype in FLOAT_DTYPES:
+        return weights.read(f"{name}.weight", (rows, source.in_features), weights.dtype)
+    return read_part(name, rows)
+
+
+def _bias(weights: Weights, source: LinearSource, modules: list[tuple[str, int]]) -> Tensor | None:
+    names = [(f"{name}.bias", rows) for name, rows in modules]
+    if not source.bias and not any(weights.stored(name) for name, _ in names):
+        return None
+    return torch.cat(
+        [
+            weights.read(name, (rows,), weights.dtype)
+            if source.bias or weights.stored(name)
+            else torch.zeros(rows, dtype=weights.dtype, device=weights.device)
+            for name, rows in names
+        ]
+    )
+
+
+def no_stacked_experts(weights: Weights, method: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{weights.checkpoint.path}: the experts of {weights.checkpoint.architecture} are quantized as {method}; "
+        "expected mxfp4 or plain weights; use one of these checkpoints"
+    )
+
+
+def expect(config: dict[str, Any], key: str, found: object, allowed: tuple[object, ...]) -> Any:
+    """found. Raises UnsupportedModelError where it is not one of those that the format's code reads."""
+    if found not in allowed:
+        method = config.get("quant_method", "compressed-tensors")
+        raise UnsupportedModelError(
+            f"config.json: quantization_config of {method} has {key} {found!r}; expected one of "
+            f"{', '.join(repr(value) for value in allowed)}; use a checkpoint that was quantized so"
+        )
+    return found
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """[rows, words] int32 -> [rows, words * 32 / bits] uint8: the lowest bits of a word are its first code."""
+    per_word = 32 // bits
+    codes = torch.empty(*packed.shape, per_word, dtype=torch.uint8, device=packed.device)
+    for i in range(per_word):
+        codes[..., i] = (packed >> (bits * i)) & (2**bits - 1)
+    return codes.flatten(-2)
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """The inverse of unpack; the last word of a row is filled up with zeros."""
+    per_word = 32 // bits
+    padded = torch.nn.functional.pad(codes.long(), (0, -codes.shape[1] % per_word))
+    words = (padded.unflatten(1, (-1, per_word)) << (torch.arange(per_word) * bits)).sum(-1)
+    return torch.where(words >= 1 << 31, words - (1 << 32), words).to(torch.int32)
+
+
+def quantize_groups(weight: Tensor, bits: int, group_size: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(codes [out, in] uint8, scales [out, groups] float32, zeros [out, groups] uint8), rounded to nearest.
+
+    weight: [out, in]; in is a multiple of group_size. Symmetric: the zero is 2 ** (bits - 1).
+    """
+    grouped = weight.float().unflatten(1, (-1, group_size))
+    top = 2**bits - 1
+    if symmetric:
+        zeros = torch.full(grouped.shape[:2], 2 ** (bits - 1))
+        scales = grouped.abs().amax(-1) / (2 ** (bits - 1) - 1)
+    else:
+        low, high = grouped.amin(-1).clamp(max=0), grouped.amax(-1).clamp(min=0)
+        scales = (high - low) / top
+        zeros = (-low / scales.clamp(min=1e-12)).round().clamp(0, top).long()
+    scales = scales.clamp(min=1e-12)
+    codes = (grouped / scales[..., None]).round() + zeros[..., None]
+    return codes.clamp(0, top).to(torch.uint8).flatten(1), scales, zeros.to(torch.uint8)
