@@ -121,7 +121,6 @@ __global__ void __launch_bounds__(DecodeShape<D>::kWarps * 32) decode_kernel(Att
       softmax.take(scores);
       multiply_values<T, D, 2>(softmax.out, scores, keys + 16 * Shape::kStride, Shape::kStride);
     }
-    copy_wait<0>();
     softmax.finish();
     __syncthreads();
 

@@ -56,6 +56,19 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
+__device__ __forceinline__ float half_bits_to_float(uint16_t bits) { return __half2float(__ushort_as_half(bits)); }
+
+// Of both halves of registers that hold two values of T.
+template <class T> __device__ __forceinline__ uint32_t subtract_pairs(uint32_t a, uint32_t b);
+template <> __device__ __forceinline__ uint32_t subtract_pairs<bf16>(uint32_t a, uint32_t b) {
+  const __nv_bfloat162 d = __hsub2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+  return reinterpret_cast<const uint32_t&>(d);
+}
+template <> __device__ __forceinline__ uint32_t subtract_pairs<fp16>(uint32_t a, uint32_t b) {
+  const __half2 d = __hsub2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+  return reinterpret_cast<const uint32_t&>(d);
+}
+
 // a * b and a + b as they are written: no fused multiply-add.
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }

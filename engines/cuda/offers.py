@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engines.api import EngineConfig
-from engines.capability import DENSE_ONLY, Allowed, Offer, one_of
+from engines.capability import ANYTHING, DENSE_ONLY, YES, Allowed, Offer, one_of
 from engines.cuda import table
 from engines.platform import CUDA_EXTENSION, Host, cuda_blockers
 
@@ -17,6 +17,20 @@ class Config(EngineConfig):
 
 MINIMUM = (8, 0)
 DTYPES = one_of("float32", "bfloat16", "float16")
+DEQUANTIZED = frozenset({"w2a16", "w8a16", "fp8", "mxfp4"})
+"""Weights that become dense at load: there is no kernel for them."""
+QUANTIZED: dict[str, Allowed] = {
+    "quantization": one_of("awq", "gptq", "compressed-tensors", "fp8", "mxfp4"),
+    "weights": one_of("w4a16", *sorted(DEQUANTIZED)),
+    "bits": one_of(2, 4, 8),
+    "group_size": Allowed(values=(-1, 32), ge=64, multiple_of=64),
+    "sym": YES,
+    "desc_act": YES,
+    "version": one_of("gemm", "GEMM"),
+    "format": ANYTHING,
+    "activation_scheme": ANYTHING,
+    "weight_block_size": ANYTHING,
+}
 TORCH: dict[str, dict[str, Allowed]] = {
     "linear": {"dtype": DTYPES, "quantization": DENSE_ONLY},
     "embedding": {"dtype": DTYPES},
@@ -40,11 +54,14 @@ def offers(host: Host) -> Offer:
             f"{table.LIBRARY.name} was compiled for sm {', '.join(map(str, compiled.sm))}, this device is sm "
             f"{sm[0]}.{sm[1]}: reinstall with CSRC_CUDA_ARCHS unset, or with this one in it"
         )
-    ops = compiled.ops if compiled is not None else {}
+    ops = {**TORCH, **(compiled.ops if compiled is not None else {})}
+    if compiled is not None and "linear" in compiled.ops:
+        ops["linear"] = {**TORCH["linear"], **QUANTIZED}
     return Offer(
         engine="cuda",
-        ops={**TORCH, **ops, "parallelism": {name: one_of(1) for name in ("tp", "dp", "ep")}},
+        ops={**ops, "parallelism": {name: one_of(1) for name in ("tp", "dp", "ep")}},
         blockers=tuple(blockers),
         sm=sm,
-        since={"bfloat16": (8, 0), "fp8": (8, 9)},
+        dequantized=DEQUANTIZED,
+        since={"bfloat16": (8, 0)},
     )

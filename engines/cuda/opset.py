@@ -10,11 +10,15 @@ from torch import Tensor
 
 from engines import extension, ops
 from engines.batch import Batch
+from engines.cuda.quantized import W4Weight, pack_w4
 from engines.ops.kv_cache import KVCache
+from engines.ops.linear import LinearWeight
+from engines.ops.quantized import GroupedIntWeight, QuantizedWeight
 from engines.ops.sampling import SamplingBatch
 
 COUNTERS = 1 << 16
-"""Pairs of sequence and KV head that one step may have: 1,024 sequences with 64 KV heads."""
+"""Pairs of sequence and KV head that one step may have (1,024 sequences with 64 KV heads), or tiles of a product."""
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class OpSet(ops.OpSet):
@@ -69,6 +73,34 @@ class OpSet(ops.OpSet):
         """As the reference, for counts in int32."""
         result: Tensor = torch.ops.cuda_ops.apply_penalties(
             logits, prompt_counts, output_counts, repetition_penalty, presence_penalty, frequency_penalty
+        )
+        return result
+
+    def prepare_quantized(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> LinearWeight:
+        """4-bit codes stay 4 bits where the kernel takes them (quantized.pack_w4); the others as the reference."""
+        packed = pack_w4(weight) if isinstance(weight, GroupedIntWeight) and dtype in HALVES else None
+        if packed is None:
+            return super().prepare_quantized(weight, bias, dtype)
+        return LinearWeight(packed, bias, weight.shape[1], weight.shape[0])
+
+    def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
+        """As the reference. 4-bit weights are not rounded: codes less zeros are exact, a group's sum times its scale is
+        float32. A token's bits do not depend on the batch."""
+        if not isinstance(weight.data, W4Weight):
+            return super().linear(x, weight)
+        packed = weight.data
+        if packed.permutation is not None:
+            x = x.index_select(1, packed.permutation)
+        elif x.data_ptr() % 16 or (x.shape[0] > 1 and x.stride(0) % 8) or x.stride(1) != 1:
+            x = x.clone(memory_format=torch.contiguous_format)
+        result: Tensor = torch.ops.cuda_ops.w4a16_linear(
+            x,
+            packed.codes,
+            packed.groups,
+            weight.bias,
+            self._counters(x.device),
+            weight.out_features,
+            packed.scales_are_bf16,
         )
         return result
 

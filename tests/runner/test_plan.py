@@ -234,7 +234,7 @@ def test_every_combination_has_a_verdict_or_a_named_error(architecture: str, hos
         read = quantization == "none" or (native and quantization != "nameless")
         runnable = architecture != "NobodyForCausalLM" and read and not adapters
         on_cuda = host in ("sm80", "sm90") and dtype != "float32" and native and backend != "cpu"
-        on_cuda = on_cuda and quantization == "none"
+        on_cuda = on_cuda and quantization != "nameless"
         runnable = runnable and (on_cuda or backend != "cuda")
         runnable = runnable and (host != "tiny memory" or architecture == "GPT2LMHeadModel")
         try:

@@ -18,9 +18,12 @@ from tests import attention_cases
 from tests.cases import Case, call, convert
 from tests.compare import assert_as_exact, assert_bitwise_equal
 from tests.engines.cuda.cases import compiled
+from tests.engines.cuda.test_quantized import CASES as W4_CASES
+from tests.engines.cuda.test_quantized import multiply
 
 ORDERS = ("forward", "reverse", "random:1", "random:2", "warp:1", "warp:2", "warp:3")
-LONG = attention_cases.Case("long", lens=(1500, 513, 512, 2049, 700), new=(1,) * 5, head_dim=64)
+LENGTHS = (1500, 513, 512, 2049, 700, 100, 1030, 3, 512, 600, 20, 90, 33)
+LONG = attention_cases.Case("long", lens=LENGTHS, new=(1,) * len(LENGTHS), head_dim=64)
 """Splits, and blocks of threads that take more than one piece of work."""
 
 
@@ -30,6 +33,7 @@ def long(dtype: torch.dtype) -> tuple[object, ...]:
 
 
 def main(library: str, names: list[str]) -> None:
+    torch.use_deterministic_algorithms(True)  # results that are not written are NaN, not what lay there before
     ops = OpSet(Path(library))
     cases = [(case, dtype) for case, dtype in compiled() if case.op in names and "71" not in case.name]
     cases = [(Case("paged_attention", "long", long, {}), torch.bfloat16)] * ("paged_attention" in names) + cases
@@ -52,8 +56,24 @@ def main(library: str, names: list[str]) -> None:
                     assert_bitwise_equal(*pair)
 
 
+def products(library: str) -> None:
+    """The same for products with 4-bit weights."""
+    torch.use_deterministic_algorithms(True)
+    ops = OpSet(Path(library))
+    for case in W4_CASES:
+        first = None
+        for order, copies in itertools.product(ORDERS, ("early", "late")):
+            os.environ.update(EMULATOR_ORDER=order, EMULATOR_COPIES=copies)
+            found, exact, plain = multiply(ops, case, torch.bfloat16)
+            assert_as_exact(found, exact, plain)
+            first = found if first is None else first
+            assert_bitwise_equal(found, first)
+
+
 if __name__ == "__main__":
     try:
         main(sys.argv[1], sys.argv[2:])
+        if "linear" in sys.argv[2:]:
+            products(sys.argv[1])
     except AssertionError as error:
         sys.exit(f"noticed: {error}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -33,33 +34,52 @@ def absent() -> str | None:
 
 
 def library(folder: Path = cuda_build.FOLDER, sanitized: bool = False) -> Path:
-    """The emulated library of the sources in a folder, compiled unless it lies there already.
+    """The emulated library of the sources in a folder. Compiled is what was not compiled before.
 
     sanitized: with AddressSanitizer, whose runtime a process must have preloaded.
     """
-    files = sorted([*folder.glob("*"), *EMULATOR.glob("*"), Path(__file__)])
-    digest = hashlib.sha256(torch.__version__.encode() + bytes(sanitized))
-    for file in files:
-        if file.is_file():
-            digest.update(file.name.encode() + file.read_bytes())
-    made = BUILDS / digest.hexdigest()[:16] / "_cuda_ops.so"
+    BUILDS.mkdir(parents=True, exist_ok=True)
+    extra = ["-O1", "-g1", "-fsanitize=address"] if sanitized else ["-O1"]
+    jobs = {_digest([*_closure(source, folder)], extra): source for source in sorted(folder.glob("*.cu"))}
+    made = BUILDS / _digest([], [*extra, *jobs]) / "_cuda_ops.so"
     if made.is_file():
         return made
-    own = made.with_name(f"objects.{os.getpid()}")
-    own.mkdir(parents=True)
-    include = Path(torch.__file__).parent / "include"
-    extra = ["-O1", "-g1", "-fsanitize=address"] if sanitized else ["-O2"]
-    base = ["g++", *FLAGS, *extra, f"-I{EMULATOR}", f"-I{folder}", f"-isystem{include}", "-x", "c++", "-c"]
-    sources = sorted(folder.glob("*.cu"))
-    jobs = [[*base, str(source), "-o", str(own / f"{source.stem}.o")] for source in sources]
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-        list(pool.map(_run, jobs))
-    objects = [str(own / f"{source.stem}.o") for source in sources]
+        objects = list(pool.map(lambda job: _object(*job, folder, extra), jobs.items()))
+    made.parent.mkdir(exist_ok=True)
     libraries = [f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch_cpu"]
-    _run(["g++", "-shared", *extra, *objects, *libraries, "-o", str(own / made.name)])
-    (own / made.name).replace(made)
-    shutil.rmtree(own)
+    partial = made.with_suffix(f".{os.getpid()}")
+    _run(["g++", "-shared", *extra, *map(str, objects), *libraries, "-o", str(partial)])
+    return partial.replace(made)
+
+
+def _object(digest: str, source: Path, folder: Path, extra: list[str]) -> Path:
+    made = BUILDS / f"{digest}.o"
+    if not made.is_file():
+        include = Path(torch.__file__).parent / "include"
+        partial = made.with_suffix(f".{os.getpid()}")
+        places = [f"-I{EMULATOR}", f"-I{folder}", f"-isystem{include}"]
+        _run(["g++", *FLAGS, *extra, *places, "-x", "c++", "-c", str(source), "-o", str(partial)])
+        partial.replace(made)
     return made
+
+
+def _closure(source: Path, folder: Path) -> list[Path]:
+    """A source and all of ours that it includes, as the compiler finds them: the emulator's first."""
+    found = [source]
+    for path in found:
+        for name in re.findall(r'#include [<"]([\w.]+)[>"]', path.read_text("utf-8")):
+            here = next((place / name for place in (EMULATOR, folder) if (place / name).is_file()), None)
+            if here is not None and here not in found:
+                found.append(here)
+    return sorted(found)
+
+
+def _digest(files: list[Path], words: list[str]) -> str:
+    digest = hashlib.sha256(" ".join([torch.__version__, *FLAGS, *words]).encode())
+    for file in files:
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def _run(command: list[str]) -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from csrc import cuda_build
-from engines.cuda import table
 from tests.csrc.test_build import build
 
 ROOT = Path(__file__).parents[3]
@@ -94,18 +90,3 @@ def test_a_build_with_an_unknown_architecture_says_so_and_succeeds(tmp_path: Pat
     done = build(tmp_path, CSRC_CUDA_ARCHS="30", DISABLE_CPU_EXTENSION="1")
     assert done.returncode == 0, done.stderr
     assert "_cuda_ops.so is left out: CSRC_CUDA_ARCHS: 30; expected some of" in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
-def test_the_library_loads_beside_a_torch_without_cuda_and_has_its_table(tmp_path: Path) -> None:
-    done = build(tmp_path, CSRC_CUDA_ARCHS="80,90a", DISABLE_CPU_EXTENSION="1")
-    assert done.returncode == 0, done.stderr
-    library = tmp_path / "engines/_cuda_ops.so"
-    text = table.read(library)
-    assert text is not None
-    assert table.parse(text).sm == (80, 90)
-    assert table.parse(text).ops == table.parse(table.FULL).ops
-    code = f"import torch; torch.ops.load_library({str(library)!r}); print(torch.ops.cuda_ops.paged_attention)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert loaded.stdout.strip() == "cuda_ops.paged_attention", loaded.stderr

@@ -13,6 +13,7 @@ import pytest
 
 from csrc import cuda_build
 from tests.csrc.cuda import emulated
+from tests.engines.cuda.cases import OPS
 
 ROOT = Path(__file__).parents[3]
 pytestmark = [
@@ -20,7 +21,12 @@ pytestmark = [
     pytest.mark.skipif(emulated.absent() is not None, reason=str(emulated.absent())),
 ]
 BARRIER = re.compile(r"__sync(?:threads|warp)\(\);|copy_wait<[^;]*>\(\);|fence\(\);(?= *// )")
-OPS = {"attention": ["paged_attention"], "elementwise": ["rms_norm", "add_rms_norm"]}
+OPS_OF = {
+    "attention": ["paged_attention"],
+    "elementwise": ["rms_norm", "add_rms_norm"],
+    "linear": ["linear"],
+    "sampling": ["sample"],
+}
 
 
 def barriers() -> list[tuple[str, int]]:
@@ -45,7 +51,7 @@ def changed(tmp_path: Path, file: str, text: str) -> Path:
 
 
 def ops_of(file: str) -> list[str]:
-    return next(ops for prefix, ops in OPS.items() if file.startswith(prefix))
+    return next(ops for prefix, ops in OPS_OF.items() if file.startswith(prefix))
 
 
 @pytest.mark.parametrize(("file", "number"), barriers())
@@ -60,7 +66,7 @@ def test_a_missing_barrier_is_noticed(tmp_path: Path, file: str, number: int) ->
 
 
 def test_nothing_is_noticed_in_the_kernels_as_they_are() -> None:
-    done = run(emulated.library(), ["paged_attention", "rms_norm", "add_rms_norm"])
+    done = run(emulated.library(), ["paged_attention", "rms_norm", "add_rms_norm", "linear"])
     assert done.returncode == 0, done.stderr
 
 
@@ -71,7 +77,7 @@ def sanitizer() -> dict[str, str]:
 
 def test_kernels_stay_within_their_memory() -> None:
     """AddressSanitizer over all compiled ops: global memory, and shared memory to the byte."""
-    every = ["rms_norm", "add_rms_norm", "act_and_mul", "rope", "write_kv", "paged_attention"]
+    every = [*OPS, "linear"]
     done = run(emulated.library(sanitized=True), every, **sanitizer())
     assert done.returncode == 0, done.stderr[:4000]
 

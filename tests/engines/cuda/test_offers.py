@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from engines.api import Kind
-from engines.capability import difference
+from engines.capability import difference, quantization_attributes
 from engines.cuda import offers, table
 from engines.models.spec import DecoderSpec, EncoderSpec, RopeSpec, requirements
 from engines.platform import Host
@@ -85,3 +86,29 @@ def test_encoders_are_not_offered() -> None:
     encoder = EncoderSpec(100, 64, 128, 2, 4, 512)
     missed = difference(requirements(encoder, "bfloat16", "embed"), offers.offers(H200_DESCRIBED))
     assert "encoder_attention: cuda does not offer it" in missed
+
+
+@pytest.mark.parametrize(
+    ("config", "missed"),
+    (
+        ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}, []),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False}, []),
+        ({"quant_method": "gptq", "bits": 8, "group_size": -1}, []),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 96}, ["linear group_size=96: cuda offers "]),
+        ({"quant_method": "bitsandbytes"}, ["linear quantization=bitsandbytes: cuda offers "]),
+    ),
+)
+def test_weights_that_the_kernel_takes_are_offered(config: dict[str, Any], missed: list[str]) -> None:
+    needed = requirements(LLAMA, "bfloat16", "generate", quantization_attributes(config))
+    found = difference(needed, offers.offers(H200_DESCRIBED))
+    assert len(found) == len(missed)
+    assert all(text.startswith(begin) for text, begin in zip(found, missed, strict=True))
+    assert "w4a16" not in offers.offers(H200_DESCRIBED).dequantized
+
+
+def test_a_library_without_the_product_takes_dense_weights_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(table, "read", lambda: table.FULL.replace("linear weights w4a16\n", ""))
+    needed = requirements(LLAMA, "bfloat16", "generate", quantization_attributes({"quant_method": "awq", "bits": 4}))
+    assert difference(needed, offers.offers(H200)) == [
+        "linear quantization=awq: cuda offers unquantized weights only",
+    ]

@@ -37,6 +37,13 @@ inline uint32_t float_bits(float x) { return std::bit_cast<uint32_t>(x); }
 inline float bits_float(uint32_t x) { return std::bit_cast<float>(x); }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
+inline float half_bits_to_float(uint16_t bits) { return to_float(fp16{bits}); }
+template <class T> uint32_t subtract_pairs(uint32_t a, uint32_t b) {
+  const auto half = [](uint32_t both, int which) {
+    return to_float(std::bit_cast<T>(static_cast<uint16_t>(both >> 16 * which)));
+  };
+  return pack<T>(half(a, 0) - half(b, 0), half(a, 1) - half(b, 1));
+}
 inline float multiply(float a, float b) { volatile float c = a * b; return c; }
 inline float add(float a, float b) { volatile float c = a + b; return c; }
 

@@ -1,0 +1,87 @@
+"""The machine code of the kernels: no spills, the registers of the committed table, the instructions that are meant."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from csrc import cuda_build
+from engines.cuda import table
+from tests.csrc.cuda import code
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(cuda_build.nvcc() is None, reason="no nvcc")]
+ARCHS = ("sm_80", "sm_90a")
+
+
+def test_nothing_is_spilled(compiled: Path) -> None:
+    found = code.kernels(compiled)
+    assert set(found) == set(ARCHS)
+    spilled = {
+        f"{arch} {name}": entry
+        for arch, own in found.items()
+        for name, entry in own.items()
+        if entry["spill_bytes"] or entry["stack_bytes"]
+    }
+    assert not spilled
+
+
+def test_registers_are_those_of_the_table(compiled: Path) -> None:
+    """After a change that is meant: `python -m tests.csrc.cuda.code <folder>`, and look at the difference."""
+    expected = json.loads(code.TABLE.read_text("utf-8"))
+    if expected["nvcc"] != code.version():
+        pytest.skip(f"the table is nvcc {expected['nvcc']}'s, this one is {code.version()}")
+    found = {a: {n: e["registers"] for n, e in own.items()} for a, own in code.kernels(compiled).items()}
+    assert found == expected["registers"]
+
+
+def test_the_tensor_cores_of_sm_90_are_asked_for_without_serialization(compiled: Path) -> None:
+    """ptxas says so when it has to wait between warpgroup products."""
+    report = (compiled / "attention_prefill_sm90.ptxas").read_text("utf-8")
+    assert "sm_90a" in report
+    assert "wgmma" not in report.lower() and "Performance Loss" not in report
+
+
+@pytest.mark.parametrize(
+    ("source", "arch", "meant"),
+    (
+        ("attention_prefill_sm90", "sm_90a", (r"HGMMA\.64x128x16\.F32\.BF16", r"HGMMA\.64x64x16\.F32", "UTMALDG.4D")),
+        ("attention_decode", "sm_80", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.MT88\.4")),
+        ("attention_decode", "sm_90a", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128")),
+        ("attention_prefill", "sm_80", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128")),
+        ("linear_w4a16", "sm_90a", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"LDS\.128", "LOP3")),
+        ("elementwise", "sm_90a", (r"LDG\.E\.128", r"STG\.E\.128")),
+    ),
+)
+def test_the_instructions_that_are_meant_are_there(
+    compiled: Path, source: str, arch: str, meant: tuple[str, ...]
+) -> None:
+    program = code.cuobjdump()
+    if program is None:
+        pytest.skip("no cuobjdump: it comes with triton")
+    text = code.instructions(program, compiled / f"{source}.o", arch)
+    missing = [pattern for pattern in meant if not re.search(pattern, text)]
+    assert not missing
+
+
+def test_the_library_loads_beside_a_torch_without_cuda_and_has_its_table(compiled: Path) -> None:
+    library = compiled / "_cuda_ops.so"
+    text = table.read(library)
+    assert text is not None
+    assert table.parse(text).sm == (80, 90)
+    assert table.parse(text).ops == table.parse(table.FULL).ops
+    source = f"import torch; torch.ops.load_library({str(library)!r}); print(torch.ops.cuda_ops.paged_attention)"
+    loaded = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True)
+    assert loaded.stdout.strip() == "cuda_ops.paged_attention", loaded.stderr
+
+
+def test_the_library_takes_nothing_but_stable_functions_from_torch(compiled: Path) -> None:
+    command = ["nm", "--dynamic", "--undefined-only", str(compiled / "_cuda_ops.so")]
+    names = [line.split()[-1] for line in subprocess.run(command, capture_output=True, text=True).stdout.splitlines()]
+    assert any(name.startswith("aoti_torch_") for name in names)
+    assert not [name for name in names if name.startswith("_Z") and re.search("3c10|2at|5torch", name)]
+    assert not [name for name in names if name.startswith(("cuda", "cu", "Py"))]
