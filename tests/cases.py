@@ -336,6 +336,15 @@ def choices() -> Iterator[Case]:
             return x, prompt, output, each, each - 1, 1 - each
 
         size = f"{rows}x{vocab}"
+
+        def largest(dtype: torch.dtype, logits: Callable[..., Tensor] = logits) -> tuple[Any, ...]:
+            x = logits(dtype)
+            if len(x) > 2:
+                x[1], x[2, 1:] = float("-inf"), float("nan")
+                x[2, 0] = 1.0
+            return (x,)
+
+        yield Case("argmax", size, largest, {}, dtypes=FLOATS)
         yield Case("sample", size, draw, {}, dtypes=single)
         yield Case("apply_penalties", size, penalties, {}, dtypes=single)
         yield Case("log_softmax_gather", size, gather, {}, dtypes=FLOATS)

@@ -27,21 +27,20 @@ class Sampler:
     def sample(self, logits: Tensor, seqs: Many[Sequence]) -> list[int | None]:
         """The next token of each sequence; None where its logits are not numbers.
 
-        logits: [len(seqs), vocab] float32, may be overwritten. Log-probabilities that are asked for are appended.
+        logits: [len(seqs), vocab], may be overwritten. Log-probabilities that are asked for are appended.
         """
-        raw = logits.clone() if any(s.sampling.logprobs is not None for s in seqs) else logits
+        if not any(map(_looks_at_all, seqs)):
+            best, drawn = self.ops.argmax(logits)
+            return _tokens(drawn, best)
+        raw = logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        if any(s.sampling.logprobs is not None for s in seqs):
+            raw = logits.clone()
         logits = self._penalize(logits, seqs)
         logits = self._forbid_early_end(logits, seqs)
-        best, greedy = logits.max(dim=-1)
+        best, drawn = self.ops.argmax(logits)
         if any(s.sampling.temperature > 0 for s in seqs):
             drawn = self.ops.sample(torch.nan_to_num(logits, nan=0.0), self._batch(seqs, logits.device))
-        else:
-            drawn = greedy
-        tokens: list[int | None] = list(drawn.tolist())
-        # The maximum of a row is NaN if any of its logits is.
-        if not bool(torch.isfinite(best).all()):
-            for i in torch.nonzero(~torch.isfinite(best)).flatten().tolist():
-                tokens[i] = None
+        tokens = _tokens(drawn, best)
         self._append_logprobs(raw, seqs, tokens)
         return tokens
 
@@ -135,6 +134,21 @@ class Sampler:
         text = self.detokenize(seq.token_ids[max(seq.num_prompt_tokens, seq.num_tokens - tail) :])
         found = [(text.find(stop), -len(stop), stop) for stop in seq.sampling.stop if stop in text]
         return min(found)[2] if found else None
+
+
+def _looks_at_all(seq: Sequence) -> bool:
+    """Whether the next token takes more of the logits than their maximum."""
+    p = seq.sampling
+    return p.temperature > 0 or p.logprobs is not None or _penalized(seq) or seq.num_output_tokens < p.min_tokens
+
+
+def _tokens(drawn: Tensor, best: Tensor) -> list[int | None]:
+    """None where the row's maximum is not a number: it is NaN if any of its logits is."""
+    tokens: list[int | None] = list(drawn.tolist())
+    if not bool(torch.isfinite(best).all()):
+        for i in torch.nonzero(~torch.isfinite(best)).flatten().tolist():
+            tokens[i] = None
+    return tokens
 
 
 def _penalized(seq: Sequence) -> bool:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from engines.batch import Batch, PrefixGroup
 from engines.cpu import memory
-from engines.ops import activation, kv_cache, norm, rotary
+from engines.ops import activation, kv_cache, norm, rotary, sampling
 from engines.ops import attention as reference
 from engines.ops.kv_cache import KVCache
 
@@ -104,6 +104,14 @@ def write_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None
         torch.ops.cpu_ops.write_kv_packed(k, v, cache.k, cache.v, slot_mapping)
         return None
     torch.ops.cpu_ops.write_kv(k, v, cache.k, cache.v, slot_mapping)
+
+
+def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """As the reference."""
+    if logits.dtype == torch.float64:
+        return sampling.argmax(logits)
+    best, index = torch.ops.cpu_ops.argmax(logits)
+    return best, index
 
 
 def _flat(groups: tuple[PrefixGroup, ...]) -> tuple[Tensor | None, Tensor | None]:

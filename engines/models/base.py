@@ -33,7 +33,7 @@ class Model(Protocol):
         """
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[n, hidden_size] -> [n, vocab_size] float32, soft cap applied."""
+        """[n, hidden_size] -> [n, vocab_size] in the model's dtype, soft cap applied."""
 
     def classify(self, hidden: Tensor) -> Tensor:
         """One pooled hidden state a sequence, [n, hidden_size] -> [n, num_labels] float32."""

@@ -117,7 +117,7 @@ class Decoder:
         logits = self.head.forward(hidden)
         if self.logit_softcap:
             logits = self.ops.softcap(logits, self.logit_softcap)
-        return logits.float()
+        return logits
 
     def classify(self, hidden: Tensor) -> Tensor:
         assert self.score is not None, "built without a classification head"

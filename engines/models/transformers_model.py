@@ -187,7 +187,8 @@ class TransformersModel:
         return hidden if batch.output_indices is None else hidden[batch.output_indices]
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return self.model(inputs_embeds=hidden[None]).logits[0].float()
+        logits: Tensor = self.model(inputs_embeds=hidden[None]).logits[0]
+        return logits
 
     def classify(self, hidden: Tensor) -> Tensor:
         raise NotImplementedError("classification heads of transformers' classes are not run here")

@@ -34,6 +34,7 @@ class OpSet:
     fused_experts = moe.fused_experts
     embedding = staticmethod(embedding.embedding)
     apply_penalties = staticmethod(sampling.apply_penalties)
+    argmax = staticmethod(sampling.argmax)
     sample = staticmethod(sampling.sample)
     log_softmax_gather = staticmethod(sampling.log_softmax_gather)
     top_logprobs = staticmethod(sampling.top_logprobs)

@@ -55,6 +55,14 @@ def apply_penalties(
     return logits - frequency_penalty[:, None] * output_counts - presence_penalty[:, None] * (output_counts > 0)
 
 
+def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """(maximum of each row, float32 and NaN where any value is; the lowest id that has it, int64).
+
+    logits: [num_rows, vocab], any float type.
+    """
+    return logits.amax(-1).float(), logits.argmax(-1)
+
+
 def sample(logits: Tensor, params: SamplingBatch) -> Tensor:
     """One token a sequence: [num_seqs] int64.
 
