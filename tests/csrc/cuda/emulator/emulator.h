@@ -1,4 +1,4 @@
-// Runs the source of a CUDA kernel on the processor: one fiber a thread, blocks one after another, with the meaning that
+// Runs the source of a CUDA kernel on the processor: one fiber a thread, a few blocks at a time, with the meaning that
 // barriers, shuffles and asynchronous copies have on the GPU.
 //
 // What is unspecified there varies here, so that a result that depends on it shows:
@@ -99,9 +99,8 @@ struct Block {
   Barrier barrier;
   std::map<int, Barrier> named;
   int alive = 0;
-  uint64_t serial = 0;  // no other block has it
+  std::shared_ptr<void> extension;  // what other headers keep of a block
   uint64_t events = 0;
-  std::unique_ptr<unsigned char[]> storage;
   unsigned char* shared = nullptr;
 };
 
@@ -217,10 +216,10 @@ inline unsigned char* stack(int number) {
   return stacks[number];
 }
 
-inline void prepare(Thread& own, int number, dim3 size) {
+inline void prepare(Thread& own, int number, int stack_number, dim3 size) {
   own.number = number;
   own.index = dim3(number % size.x, number / size.x % size.y, number / (size.x * size.y));
-  void** pointer = reinterpret_cast<void**>(stack(number) + kStackBytes - 64);
+  void** pointer = reinterpret_cast<void**>(stack(stack_number) + kStackBytes - 64);
   *--pointer = nullptr;
   *--pointer = reinterpret_cast<void*>(entry);
   for (int i = 0; i < kSavedRegisters; ++i) *--pointer = nullptr;
@@ -235,55 +234,76 @@ inline bool resume(int number) {
   return true;
 }
 
-inline void run_block(Order& order) {
+// One turn for every thread of the running block. Whether anything happened.
+inline bool sweep(Order& order) {
   const int count = static_cast<int>(block->threads.size());
-  while (block->alive) {
-    const uint64_t events = block->events;
-    if (order.warps_run_ahead()) {
-      for (int number : order.of(static_cast<int>(block->warps.size())))
-        for (bool moved = true; moved;) {
-          moved = false;
-          for (int i = number * 32; i < std::min(count, number * 32 + 32); ++i) moved |= resume(i);
-        }
-    } else {
-      for (int i : order.of(count)) resume(i);
-    }
-    if (block->events != events || !block->alive) continue;
-    for (Thread& own : block->threads)
-      if (!own.done)
-        std::fprintf(stderr, "emulator: thread %d waits in %s\n", own.number, own.waits_for ? own.waits_for : "?");
-    thread = nullptr;
-    fail("no thread can go on");
+  const uint64_t events = block->events;
+  if (order.warps_run_ahead()) {
+    for (int number : order.of(static_cast<int>(block->warps.size())))
+      for (bool moved = true; moved;) {
+        moved = false;
+        for (int i = number * 32; i < std::min(count, number * 32 + 32); ++i) moved |= resume(i);
+      }
+  } else {
+    for (int i : order.of(count)) resume(i);
   }
+  return block->events != events;
+}
+
+[[noreturn]] inline void fail_deadlocked() {
+  for (Thread& own : block->threads)
+    if (!own.done)
+      std::fprintf(stderr, "emulator: thread %d waits in %s\n", own.number, own.waits_for ? own.waits_for : "?");
+  thread = nullptr;
+  fail("no thread can go on");
+}
+
+constexpr int kConcurrentBlocks = 3;
+
+inline std::unique_ptr<Block> start(int at, int slot, dim3 grid, dim3 size, size_t dynamic) {
+  auto own = std::make_unique<Block>();
+  own->index = dim3(at % grid.x, at / grid.x % grid.y, at / (grid.x * grid.y));
+  own->grid = grid;
+  own->size = size;
+  own->threads.resize(size.x * size.y * size.z);
+  own->alive = static_cast<int>(own->threads.size());
+  own->warps.resize((own->alive + 31) / 32);
+  // Aligned as the GPU's, and ending where the allocation ends, so that a sanitizer sees the first byte past it.
+  void* aligned = nullptr;
+  if (posix_memalign(&aligned, 1024, std::max<size_t>(dynamic, 1))) std::abort();
+  own->shared = static_cast<unsigned char*>(aligned);
+  std::memset(own->shared, 0xFF, std::max<size_t>(dynamic, 1));
+  for (int i = 0; i < own->alive; ++i) prepare(own->threads[i], i, slot * 1024 + i, size);
+  return own;
 }
 
 // dynamic: bytes of shared memory, as a launch gives them.
 inline void launch(std::function<void()> kernel, dim3 grid, dim3 size, size_t dynamic) {
   Order order;
-  const int count = static_cast<int>(size.x * size.y * size.z);
   body = &kernel;
-  for (int at : order.of(static_cast<int>(grid.x * grid.y * grid.z))) {
-    static uint64_t serial = 0;
-    Block own;
-    own.serial = ++serial;
-    own.index = dim3(at % grid.x, at / grid.x % grid.y, at / (grid.x * grid.y));
-    own.grid = grid;
-    own.size = size;
-    own.threads.resize(count);
-    own.warps.resize((count + 31) / 32);
-    own.alive = count;
-    // Aligned as the GPU's, and ending where the allocation ends, so that a sanitizer sees the first byte past it.
-    void* aligned = nullptr;
-    if (posix_memalign(&aligned, 1024, std::max<size_t>(dynamic, 1))) std::abort();
-    own.shared = static_cast<unsigned char*>(aligned);
-    std::memset(own.shared, 0xFF, std::max<size_t>(dynamic, 1));
-    block = &own;
-    for (int i = 0; i < count; ++i) prepare(own.threads[i], i, size);
-    run_block(order);
-    std::free(aligned);
-    block = nullptr;
-    thread = nullptr;
+  const std::vector<int> blocks = order.of(static_cast<int>(grid.x * grid.y * grid.z));
+  std::vector<std::unique_ptr<Block>> running(kConcurrentBlocks);
+  for (size_t next = 0, alive = 0; next < blocks.size() || alive;) {
+    alive = 0;
+    bool moved = false;
+    for (int slot = 0; slot < kConcurrentBlocks; ++slot) {
+      if (!running[slot] && next < blocks.size()) running[slot] = start(blocks[next++], slot, grid, size, dynamic);
+      if (!running[slot]) continue;
+      block = running[slot].get();
+      moved |= sweep(order);
+      alive += block->alive > 0;
+      if (block->alive) continue;
+      std::free(block->shared);
+      running[slot].reset();
+    }
+    if (!moved && alive) {
+      for (const auto& own : running)
+        if (own) block = own.get();
+      fail_deadlocked();
+    }
   }
+  block = nullptr;
+  thread = nullptr;
 }
 
 }  // namespace emulator

@@ -34,21 +34,16 @@ struct Product {
   int group;
 };
 
-// Barriers of the running block and products of its threads. A new block begins with none.
+// Barriers of a block and products of its threads.
 struct State {
-  uint64_t block = 0;
   std::map<PhaseBarrier*, Phase> phases;
   std::map<int, std::vector<Product>> products;
   std::map<int, int> groups;
 };
 
 inline State& state() {
-  static State own;
-  if (own.block != emulator::block->serial) {
-    own = State{};
-    own.block = emulator::block->serial;
-  }
-  return own;
+  if (!emulator::block->extension) emulator::block->extension = std::make_shared<State>();
+  return *static_cast<State*>(emulator::block->extension.get());
 }
 
 inline Phase& phase(PhaseBarrier* barrier) {

@@ -1,0 +1,160 @@
+"""The CUDA kernels as they are to be timed on a GPU: shapes of an 8B model, and what each call must move and compute.
+
+`KERNELS` is what a benchmark walks over; correctness there comes from cases.compiled(), as here. `small` shapes are for
+the emulator, so that every entry is run before a GPU is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engines.batch import Batch
+from engines.cuda.opset import OpSet
+from engines.ops.kv_cache import KVCache
+from engines.ops.quantized import GroupedIntWeight
+from engines.ops.sampling import SamplingBatch
+
+BF16 = torch.bfloat16
+BLOCK_SIZE = 32
+
+
+@dataclass(frozen=True)
+class Work:
+    """One call, and the least that it must move and compute."""
+
+    call: Callable[[], object]
+    num_bytes: float
+    flops: float = 0.0
+
+
+@dataclass(frozen=True)
+class Kernel:
+    name: str
+    sources: tuple[str, ...]
+    """Files of csrc/cuda whose change makes an older figure void."""
+    make: Callable[[OpSet, torch.device, bool], Work]
+    """(op set, device, small) -> work"""
+    bar: float
+    """Fraction of the measured copy bandwidth (or of the matrix rate, where flops decide) that is expected."""
+
+
+def attention(tokens: int, lengths: list[int], head_dim: int = 128) -> Callable[[OpSet, torch.device], Work]:
+    """The last `tokens` tokens of each sequence, 32 query heads on 8 KV heads."""
+
+    def make(ops: OpSet, device: torch.device) -> Work:
+        heads, kv_heads, num_seqs = 32, 8, len(lengths)
+        width = -(-max(lengths) // BLOCK_SIZE)
+        blocks = torch.randperm(num_seqs * width).int().view(num_seqs, width).to(device)
+        shape = (num_seqs * width, kv_heads, BLOCK_SIZE, head_dim)
+        cache = KVCache(*(torch.randn(shape, dtype=BF16, device=device) for _ in range(2)))
+        q = torch.randn(num_seqs * tokens, heads, head_dim, dtype=BF16, device=device)
+        ids = torch.zeros(num_seqs * tokens, dtype=torch.int64, device=device)
+        batch = Batch(
+            token_ids=ids,
+            positions=ids,
+            cu_seqlens_q=torch.arange(0, num_seqs * tokens + 1, tokens, dtype=torch.int32, device=device),
+            seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+            max_seqlen_q=tokens,
+            max_seqlen_k=max(lengths),
+            block_tables=blocks,
+        )
+        pairs = sum(tokens * (length - (tokens - 1) / 2) for length in lengths)
+        moved = 2 * 2 * sum(lengths) * kv_heads * head_dim + 2 * q.numel() * 2
+        return Work(lambda: ops.paged_attention(q, cache, batch, head_dim**-0.5), moved, 4 * pairs * heads * head_dim)
+
+    return make
+
+
+def _decode(ops: OpSet, device: torch.device, small: bool) -> Work:
+    return attention(1, [600, 40] if small else [4096] * 64)(ops, device)
+
+
+def _prefill(ops: OpSet, device: torch.device, small: bool) -> Work:
+    return attention(70, [70])(ops, device) if small else attention(8192, [8192])(ops, device)
+
+
+def _product(tokens: int) -> Callable[[OpSet, torch.device, bool], Work]:
+    def make(ops: OpSet, device: torch.device, small: bool) -> Work:
+        rows, columns = (128, 256) if small else (14336, 4096)
+        groups = (rows, columns // 128)
+        weight = GroupedIntWeight(
+            codes=torch.randint(0, 16, (rows, columns), dtype=torch.uint8, device=device),
+            scales=torch.rand(groups, device=device).half().float(),
+            zeros=torch.full(groups, 8, dtype=torch.int16, device=device),
+            bits=4,
+            group_size=128,
+        )
+        prepared = ops.prepare_quantized(weight, None, BF16)
+        x = torch.randn(tokens, columns, dtype=BF16, device=device)
+        # The floor: 4 bits a weight, 16 bits of scale and 4 of zero a group.
+        moved = rows * columns / 2 + rows * columns / 128 * 2.5 + 2 * tokens * (rows + columns)
+        return Work(lambda: ops.linear(x, prepared), moved, 2 * tokens * rows * columns)
+
+    return make
+
+
+def _rows(small: bool) -> int:
+    return 3 if small else 8192
+
+
+def _norm(ops: OpSet, device: torch.device, small: bool) -> Work:
+    x, residual = (torch.randn(_rows(small), 4096, dtype=BF16, device=device) for _ in range(2))
+    weight = torch.randn(4096, dtype=BF16, device=device)
+    return Work(lambda: ops.add_rms_norm(x, residual, weight, 1e-6), 4 * x.numel() * 2)
+
+
+def _gate(ops: OpSet, device: torch.device, small: bool) -> Work:
+    gate_up = torch.randn(_rows(small), 2 * 14336, dtype=BF16, device=device)
+    return Work(lambda: ops.act_and_mul(gate_up, "silu"), 1.5 * gate_up.numel() * 2)
+
+
+def _qkv(rows: int, device: torch.device) -> list[Tensor]:
+    """Queries, keys and values as views of one projection."""
+    qkv = torch.randn(rows, 48 * 128, dtype=BF16, device=device)
+    return [part.unflatten(1, (-1, 128)) for part in qkv.split([32 * 128, 8 * 128, 8 * 128], dim=1)]
+
+
+def _rope(ops: OpSet, device: torch.device, small: bool) -> Work:
+    q, k, _ = _qkv(_rows(small), device)
+    positions = torch.arange(len(q), device=device)
+    angles = torch.rand(8192, 128, device=device).to(BF16)
+    return Work(lambda: ops.rope(q, k, positions, angles), 2 * (q.numel() + k.numel()) * 2)
+
+
+def _write(ops: OpSet, device: torch.device, small: bool) -> Work:
+    _, k, v = _qkv(_rows(small), device)
+    shape = (len(k) // BLOCK_SIZE + 1, 8, BLOCK_SIZE, 128)
+    cache = KVCache(*(torch.empty(shape, dtype=BF16, device=device) for _ in range(2)))
+    slots = torch.randperm(shape[0] * BLOCK_SIZE, device=device)[: len(k)]
+    return Work(lambda: ops.write_kv(k, v, cache, slots), 2 * (k.numel() + v.numel()) * 2)
+
+
+def _sample(ops: OpSet, device: torch.device, small: bool) -> Work:
+    rows, vocab = (2, 300) if small else (128, 128256)
+    logits = torch.randn(rows, vocab, device=device)
+    every = torch.ones(rows, device=device)
+    ids = torch.arange(rows, device=device)
+    params = SamplingBatch(every, torch.zeros_like(ids), 0.9 * every, 0 * every, ids, ids)
+    return Work(lambda: ops.sample(logits, params), 4 * rows * vocab)
+
+
+_ATTENTION = ("attention.h", "attention.cuh", "attention.cu", "primitives.cuh")
+_ELEMENTWISE = ("elementwise.cuh", "elementwise.cu", "primitives.cuh")
+_W4A16 = ("linear_w4a16.h", "linear_w4a16.cuh", "linear_w4a16.cu", "primitives.cuh")
+_SM90 = ("attention_prefill.cuh", "attention_prefill_sm90.cuh", "attention_prefill_sm90.cu", "primitives_sm90.cuh")
+KERNELS = (
+    Kernel("decode attention, 64 x 4096", (*_ATTENTION, "attention_decode.cuh"), _decode, 0.85),
+    Kernel("prefill attention, 8192 causal", (*_ATTENTION, *_SM90), _prefill, 0.45),
+    Kernel("w4a16 4096 x 14336, batch 1", _W4A16, _product(1), 0.80),
+    Kernel("w4a16 4096 x 14336, batch 16", _W4A16, _product(16), 0.80),
+    Kernel("w4a16 4096 x 14336, batch 64", _W4A16, _product(64), 0.70),
+    Kernel("add_rms_norm 8192 x 4096", _ELEMENTWISE, _norm, 0.85),
+    Kernel("act_and_mul 8192 x 14336", _ELEMENTWISE, _gate, 0.85),
+    Kernel("rope 8192 x 40 heads", _ELEMENTWISE, _rope, 0.80),
+    Kernel("write_kv 8192 x 8 heads", _ELEMENTWISE, _write, 0.80),
+    Kernel("sample 128 x 128256, top_p", ("sampling.cuh", "sampling.cu", "primitives.cuh"), _sample, 0.05),
+)
