@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "amx.h"
+#include "amx_math.h"
 #include "attention.h"
 #include "packed.h"
 
@@ -121,20 +122,6 @@ void score(const Scratch& s, const Located& at, int rows, int D, int64_t key_ste
     }
   }
 }
-
-// 2^x within 3e-6; exactly 0 below -126, so for -inf as well; NaN for NaN. Cephes' polynomial, less its last term.
-inline __m512 exp2(__m512 x) {
-  const __m512 n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC), r = _mm512_sub_ps(x, n);
-  __m512 p = _mm512_set1_ps(1.339887440266574e-3f);
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.618437357674640e-3f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.550332471162809e-2f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.402264791363012e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.931472028550421e-1f));
-  p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
-  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), p, n);
-}
-
-inline float exp2(float x) { return _mm512_cvtss_f32(exp2(_mm512_set1_ps(x))); }
 
 // x as softcap * tanh(x / softcap)
 inline __m512 capped(__m512 x, float softcap) {

@@ -88,7 +88,10 @@ Tensor silu_and_mul(const Tensor& gate_up) {
   Tensor out = torch::stable::new_empty(gate_up, {rows, size});
   const Gate gate{type_of(gate_up, "gate_up"), size, gate_up.stride(0), gate_up.const_data_ptr(),
                   out.mutable_data_ptr()};
-  const auto op = CPU_OPS_PICK(silu_and_mul);
+  auto op = CPU_OPS_PICK(silu_and_mul);
+#if defined(CPU_OPS_X86)
+  if (isa() == Isa::amx && gate.type == Type::bf16) op = amx::silu_and_mul;
+#endif
   for_rows(rows, 2 * size, [&](int64_t first, int64_t last) { op(gate, first, last); });
   return out;
 }
@@ -105,15 +108,13 @@ void check_heads(const Tensor& x, const char* name) {
                   ": expected [num_tokens, heads, head_dim], the last dimension contiguous");
 }
 
-void rotate(const Tensor& x, const int64_t* positions, const Tensor& cos_sin, const char* name) {
+Rotation rotation_of(const Tensor& x, const int64_t* positions, const Tensor& cos_sin, const char* name) {
   check_heads(x, name);
   const int64_t half = cos_sin.size(1) / 2;
   STD_TORCH_CHECK(x.scalar_type() == cos_sin.scalar_type() && 2 * half <= x.size(2), name,
                   ": expected cos_sin's dtype, and at least rotary_dim values a head");
-  const Rotation rotation{type_of(x, name), x.size(1), x.stride(0), x.stride(1), half,
-                          x.mutable_data_ptr(), positions, cos_sin.const_data_ptr()};
-  const auto op = CPU_OPS_PICK(rope);
-  for_rows(x.size(0), x.size(1) * 2 * half, [&](int64_t first, int64_t last) { op(rotation, first, last); });
+  return {type_of(x, name),       x.size(1), x.stride(0),            x.stride(1), half,
+          x.mutable_data_ptr(), positions, cos_sin.const_data_ptr()};
 }
 
 void rope(const Tensor& q, const Tensor& k, const Tensor& positions, const Tensor& cos_sin) {
@@ -123,8 +124,12 @@ void rope(const Tensor& q, const Tensor& k, const Tensor& positions, const Tenso
     STD_TORCH_CHECK(at[i] >= 0 && at[i] < cos_sin.size(0), "positions: token ", i, " is at ", at[i],
                     "; expected 0 to ", cos_sin.size(0) - 1);
   STD_TORCH_CHECK(k.size(0) == q.size(0), "k: expected q's number of tokens");
-  rotate(q, at, cos_sin, "q");
-  rotate(k, at, cos_sin, "k");
+  const Rotation of_q = rotation_of(q, at, cos_sin, "q"), of_k = rotation_of(k, at, cos_sin, "k");
+  const auto op = CPU_OPS_PICK(rope);
+  for_rows(q.size(0), (of_q.num_heads + of_k.num_heads) * 2 * of_q.half, [&](int64_t first, int64_t last) {
+    op(of_q, first, last);
+    op(of_k, first, last);
+  });
 }
 
 void write(const Tensor& from, const Tensor& cache, const int64_t* slots, const char* name) {

@@ -43,5 +43,6 @@ CPU_OPS_ELEMENTWISE(avx512)
 CPU_OPS_ELEMENTWISE(avx2)
 CPU_OPS_ELEMENTWISE(baseline)
 #undef CPU_OPS_ELEMENTWISE
+namespace amx { void silu_and_mul(const Gate&, int64_t first, int64_t last); }  // bfloat16
 
 }  // namespace cpu_ops
