@@ -6,6 +6,7 @@ A multiply-add counts as two operations. Sizes are of one copy of the model on o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from engines.models.spec import DecoderSpec, EncoderSpec, ModelSpec
 
@@ -32,7 +33,8 @@ class Cost:
 
 def num_parameters(spec: ModelSpec) -> int:
     """Numbers in the checkpoint; tied embeddings count once."""
-    return embedding_parameters(spec) + layer_parameters(spec) * spec.num_hidden_layers + head_parameters(spec)
+    layers = sum(layer_parameters(spec, layer) for layer in range(spec.num_hidden_layers))
+    return embedding_parameters(spec) + layers + head_parameters(spec)
 
 
 def embedding_parameters(spec: ModelSpec) -> int:
@@ -42,27 +44,66 @@ def embedding_parameters(spec: ModelSpec) -> int:
     return (rows + 2) * spec.hidden_size
 
 
-def layer_parameters(spec: ModelSpec) -> int:
-    return matrix_parameters(spec) + (_encoder_vectors(spec) if isinstance(spec, EncoderSpec) else _vectors(spec))
-
-
-def matrix_parameters(spec: ModelSpec) -> int:
-    """Weights of one layer's matrices: what every token multiplies."""
-    hidden, inner = spec.hidden_size, spec.intermediate_size
+def layer_parameters(spec: ModelSpec, layer: int) -> int:
     if isinstance(spec, EncoderSpec):
-        return 4 * hidden * hidden + 2 * hidden * inner
-    q, kv = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
-    return hidden * (q + 2 * kv) + q * hidden + 3 * hidden * inner
+        return _encoder_matrices(spec) + _encoder_vectors(spec)
+    experts = spec.experts(layer)
+    held = experts.num_experts if experts else 1
+    return _attention_matrices(spec) + _mlp_matrices(spec, layer, held) + _vectors(spec, layer)
 
 
-def _vectors(spec: DecoderSpec) -> int:
+def matrix_parameters(spec: ModelSpec, experts: float | None = None) -> float:
+    """Weights of all layers' matrices, with so many of the experts of each mixture (None: those of one token)."""
+    if isinstance(spec, EncoderSpec):
+        return spec.num_hidden_layers * _encoder_matrices(spec)
+    used = experts if experts is not None else spec.moe.num_experts_per_tok if spec.moe else 1
+    layers = range(spec.num_hidden_layers)
+    return spec.num_hidden_layers * _attention_matrices(spec) + sum(_mlp_matrices(spec, i, used) for i in layers)
+
+
+def _encoder_matrices(spec: EncoderSpec) -> int:
+    return 4 * spec.hidden_size * spec.hidden_size + 2 * spec.hidden_size * spec.intermediate_size
+
+
+def _attention_matrices(spec: DecoderSpec) -> int:
+    hidden, heads, mla = spec.hidden_size, spec.num_attention_heads, spec.mla
+    if mla is None:
+        q, kv = heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
+        return hidden * (q + 2 * kv) + q * hidden
+    queries = heads * (mla.qk_nope_head_dim + mla.qk_rope_head_dim)
+    q = mla.q_lora_rank * (hidden + queries) if mla.q_lora_rank else hidden * queries
+    kv_b = mla.kv_lora_rank * heads * (mla.qk_nope_head_dim + mla.v_head_dim)
+    return q + hidden * spec.head_dim + kv_b + heads * mla.v_head_dim * hidden
+
+
+def _mlp_matrices(spec: DecoderSpec, layer: int, num_experts: float) -> Any:
+    """Whole for whole num_experts."""
+    moe, hidden = spec.experts(layer), spec.hidden_size
+    if moe is None:
+        return 3 * hidden * spec.intermediate_size
+    shared = 3 * moe.shared_intermediate_size + (1 if moe.shared_gate else 0)
+    return hidden * (3 * num_experts * moe.moe_intermediate_size + shared + moe.num_experts)
+
+
+def _vectors(spec: DecoderSpec, layer: int) -> int:
     q, kv = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
+    moe, mla = spec.experts(layer), spec.mla
+    mlp_bias = 2 * spec.intermediate_size + spec.hidden_size if spec.mlp_bias and moe is None else 0
+    if moe is not None:
+        of_expert = 2 * moe.moe_intermediate_size + spec.hidden_size
+        mlp_bias += moe.num_experts * ((of_expert if moe.stacked else 0) + (1 if moe.router_bias else 0))
+    if mla is None:
+        qkv_bias = q + 2 * kv if spec.qkv_bias else 0
+    else:
+        qkv_bias = mla.q_lora_rank + mla.kv_lora_rank  # norms
+        qkv_bias += mla.q_lora_rank + spec.head_dim if spec.qkv_bias else 0
     return (
         spec.hidden_size * (4 if spec.sandwich_norm else 2)
         + (2 * spec.head_dim if spec.qk_norm else 0)
-        + (q + 2 * kv if spec.qkv_bias else 0)
+        + qkv_bias
         + (spec.hidden_size if spec.o_bias else 0)
-        + (2 * spec.intermediate_size + spec.hidden_size if spec.mlp_bias else 0)
+        + (spec.num_attention_heads if spec.attn_sinks else 0)
+        + mlp_bias
     )
 
 
@@ -90,7 +131,8 @@ def kv_bytes_per_token(spec: ModelSpec, dtype: str) -> int:
     """Keys and values of one token in all layers; 0 for encoders, which keep none."""
     if isinstance(spec, EncoderSpec):
         return 0
-    return 2 * spec.num_hidden_layers * spec.num_key_value_heads * spec.head_dim * DTYPE_BYTES[dtype]
+    vectors = 1 if spec.mla else 2 * spec.num_key_value_heads
+    return spec.num_hidden_layers * vectors * spec.head_dim * DTYPE_BYTES[dtype]
 
 
 def activation_bytes(spec: ModelSpec, dtype: str, num_tokens: int, num_outputs: int) -> int:
@@ -105,6 +147,9 @@ def activation_bytes(spec: ModelSpec, dtype: str, num_tokens: int, num_outputs: 
         widest = max(4 * hidden, 2 * inner)
         return num_tokens * (2 * hidden + widest) * size
     q, kv = spec.num_attention_heads * spec.head_dim, spec.num_key_value_heads * spec.head_dim
+    if spec.moe:  # copies of a token for its experts, in and out
+        experts = spec.moe.num_experts_per_tok * (3 * spec.moe.moe_intermediate_size + 2 * hidden)
+        inner = max(inner, -(-experts // 3), spec.moe.shared_intermediate_size)
     widest = max(2 * q + 2 * kv, 3 * inner)
     logits = 0 if spec.num_labels else 2 * 4 * num_outputs * spec.vocab_size
     return num_tokens * (2 * hidden + widest) * size + logits
@@ -123,8 +168,11 @@ def attention(spec: ModelSpec, num_tokens: float, mean_kv_len: float, dtype: str
     """
     heads = spec.num_attention_heads
     kv_heads = heads if isinstance(spec, EncoderSpec) else spec.num_key_value_heads
-    moved = num_tokens * (mean_kv_len * 2 * kv_heads + 2 * heads) * spec.head_dim * DTYPE_BYTES[dtype]
-    return Cost(moved, 4.0 * num_tokens * mean_kv_len * heads * spec.head_dim)
+    vectors, values = 2 * kv_heads, spec.head_dim
+    if isinstance(spec, DecoderSpec) and spec.mla:
+        vectors, values = 1, spec.mla.kv_lora_rank
+    moved = num_tokens * (mean_kv_len * vectors + 2 * heads) * spec.head_dim * DTYPE_BYTES[dtype]
+    return Cost(moved, 2.0 * num_tokens * mean_kv_len * heads * (spec.head_dim + values))
 
 
 def rms_norm(num_tokens: float, hidden_size: int, dtype: str) -> Cost:
@@ -140,14 +188,23 @@ def step(spec: ModelSpec, dtype: str, num_tokens: float, kv_tokens: float, num_o
     """
     size = DTYPE_BYTES[dtype]
     layers = spec.num_hidden_layers
-    matrices = matrix_parameters(spec) * layers
-    cost = Cost(matrices * size, 2.0 * matrices * num_tokens)
+    cost = Cost(
+        matrix_parameters(spec, _experts_in_use(spec, num_tokens)) * size, 2.0 * matrix_parameters(spec) * num_tokens
+    )
     if num_tokens:
         cost = cost + attention(spec, num_tokens, kv_tokens / num_tokens, dtype) * layers
         cost = cost + rms_norm(num_tokens, spec.hidden_size, dtype) * (2 * layers)
     if isinstance(spec, DecoderSpec) and num_outputs:
         cost = cost + linear(num_outputs, spec.hidden_size, spec.num_labels or spec.vocab_size, dtype)
     return cost
+
+
+def _experts_in_use(spec: ModelSpec, num_tokens: float) -> float | None:
+    """Experts of a mixture that some token of a step goes to, were the choice even."""
+    if isinstance(spec, EncoderSpec) or spec.moe is None:
+        return None
+    share = spec.moe.num_experts_per_tok / spec.moe.num_experts
+    return spec.moe.num_experts * (1.0 - (1.0 - share) ** num_tokens)
 
 
 def visible_tokens(spec: ModelSpec, length: float) -> float:

@@ -47,7 +47,8 @@ def num_blocks(model: Model, config: EngineConfig, dtype: torch.dtype) -> int:
     """Blocks of KV cache: as many as kv_cache_bytes or the share of free memory holds, no more than can be in use."""
     if not model.paged or not model.num_cache_layers:
         return 0
-    values = 2 * model.num_cache_layers * model.num_kv_heads * model.head_dim
+    vectors = 1 if model.latent_rank else 2 * model.num_kv_heads
+    values = model.num_cache_layers * vectors * model.head_dim
     block_bytes = values * config.block_size * dtype.itemsize
     length = min(config.max_model_len or model.max_model_len, model.max_model_len)
     most = config.max_num_seqs * -(-length // config.block_size)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engines.batch import Batch
 from engines.ops import OpSet
-from engines.ops.kv_cache import KVCache
+from engines.ops.kv_cache import KVCache, LatentCache
 from engines.ops.moe import Projection
 from engines.ops.quantized import Float8Weight, GroupedIntWeight, Int8Weight, MXFP4Weight, QuantizedWeight
 from engines.ops.sampling import SamplingBatch
@@ -76,6 +76,8 @@ def tensors(value: Any) -> Iterator[Tensor]:
         yield value
     elif isinstance(value, KVCache):
         yield from (value.k, value.v)
+    elif isinstance(value, LatentCache):
+        yield value.data
 
 
 def numbers(*shape: int, dtype: torch.dtype, seed: int = 0, stretch: float = 1.0) -> Tensor:
@@ -87,17 +89,9 @@ def numbers(*shape: int, dtype: torch.dtype, seed: int = 0, stretch: float = 1.0
 
 def cases() -> tuple[Case, ...]:
     makers = (
-        norms,
-        activations,
-        rotations,
-        cache_writes,
-        attentions,
-        encoders,
-        products,
-        quantized_products,
-        experts,
-        choices,
-    )
+        norms, activations, rotations, cache_writes, attentions, latents, encoders, products, quantized_products,
+        experts, choices,
+    )  # fmt: skip
     return tuple(itertools.chain.from_iterable(make() for make in makers))
 
 
@@ -179,6 +173,45 @@ def attentions() -> Iterator[Case]:
             return given.q, given.cache, given.batch, SCALE
 
         yield Case("paged_attention", case.name, make, case.options())
+
+
+LATENTS = (
+    attention_cases.Case("ragged", num_heads=5, num_kv_heads=1, head_dim=40),
+    attention_cases.Case("decode", **attention_cases.DECODE, num_heads=16, num_kv_heads=1, head_dim=72),
+    attention_cases.Case("one token", lens=(1,), new=(1,), num_heads=1, num_kv_heads=1, head_dim=12),
+    attention_cases.Case("nothing", lens=(5, 9), new=(0, 0), num_heads=2, num_kv_heads=1, head_dim=24),
+    attention_cases.Case("published", lens=(70, 200), new=(70, 1), num_heads=16, num_kv_heads=1, head_dim=576,
+                         block_size=64),
+)  # fmt: skip
+"""num_heads 16, rank 512 and 64 rotating: DeepSeek V2 Lite's. In the others an 8th of the head rotates."""
+
+
+def latents() -> Iterator[Case]:
+    for case in LATENTS:
+        rank = 512 if case.head_dim == 576 else case.head_dim // 8 * 7
+
+        def attend(dtype: torch.dtype, case: attention_cases.Case = case, rank: int = rank) -> tuple[Any, ...]:
+            given = attention_cases.make(case, dtype)
+            return given.q, LatentCache(given.cache.k[:, 0].contiguous(), rank), given.batch, SCALE / 4
+
+        yield Case("latent_attention", case.name, attend, {})
+    for rows in (0, 1, 77):
+
+        def write(dtype: torch.dtype, rows: int = rows) -> tuple[Any, ...]:
+            empty = torch.full((40, 8, 36), float("nan"), dtype=dtype)
+            slots = torch.randperm(40 * 8, generator=torch.Generator().manual_seed(1))[:rows]
+            return numbers(rows, 36, dtype=dtype), LatentCache(empty, 28), slots
+
+        yield Case("write_latent", str(rows), write, {}, modifies=(1,))
+    for rows, heads, size, out in ((0, 2, 8, 4), (1, 1, 1, 1), (5, 3, 24, 40), (70, 16, 32, 48)):
+
+        def product(
+            dtype: torch.dtype, rows: int = rows, heads: int = heads, size: int = size, out: int = out
+        ) -> tuple[Any, ...]:
+            x = numbers(rows, heads * (size + 3), dtype=dtype).unflatten(1, (heads, -1))[..., :size]
+            return x, numbers(heads, size, out, dtype=dtype, seed=1).contiguous()
+
+        yield Case("head_linear", f"{rows}x{heads}x{size}x{out}", product, {})
 
 
 def encoders() -> Iterator[Case]:

@@ -10,11 +10,23 @@ from torch import Tensor
 
 from engines.batch import Batch, PrefixGroup
 from engines.core.scheduler import Scheduled
-from engines.models.base import Model
+from engines.models.base import Cache, Model
 from engines.ops import OpSet
 
 MIN_GROUP_SEQS = 4
 MIN_GROUP_BLOCKS = 2
+
+
+def allocate_caches(
+    model: Model, ops: OpSet, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+) -> list[Cache]:
+    """One cache a layer, of the kind that the model's attention works on."""
+    layers = range(model.num_cache_layers)
+    if model.latent_rank:
+        sizes = (model.latent_rank, model.head_dim - model.latent_rank)
+        return [ops.allocate_latent_cache(num_blocks, block_size, *sizes, dtype, device) for _ in layers]
+    sizes = (model.num_kv_heads, model.head_dim)
+    return [ops.allocate_kv_cache(num_blocks, block_size, *sizes, dtype, device) for _ in layers]
 
 
 class ModelRunner:
@@ -27,11 +39,7 @@ class ModelRunner:
         self.block_size = block_size
         self.device = device
         self.paged = model.paged and model.num_cache_layers > 0
-        layers = model.num_cache_layers if self.paged else 0
-        self.caches = [
-            ops.allocate_kv_cache(num_blocks, block_size, model.num_kv_heads, model.head_dim, dtype, device)
-            for _ in range(layers)
-        ]
+        self.caches = allocate_caches(model, ops, num_blocks, block_size, dtype, device) if self.paged else []
         # A window may hide part of a shared beginning from some of the sequences; without a spec that is not known.
         windows = getattr(model.spec, "windows", (1,))
         self.groups_prefixes = self.paged and not any(windows)

@@ -34,6 +34,7 @@ QUANTIZED: dict[str, Allowed] = {
     "weight_block_size": ANYTHING,
 }
 HEADS = {"dtype": DTYPES, "head_dim": ANYTHING}
+LATENT = {"dtype": DTYPES, "kv_lora_rank": ANYTHING, "rope_dim": ANYTHING}
 OPS: dict[str, dict[str, Allowed]] = {
     "embedding": {"dtype": DTYPES},
     "linear": QUANTIZED,
@@ -45,6 +46,9 @@ OPS: dict[str, dict[str, Allowed]] = {
     "rope": {**HEADS, "kind": ANYTHING, "rotary_dim": ANYTHING},
     "write_kv": HEADS,
     "paged_attention": {**HEADS, "group": ANYTHING, "window": YES, "softcap": YES, "sinks": YES},
+    "write_latent": LATENT,
+    "latent_attention": LATENT,
+    "head_linear": {"dtype": DTYPES},
     "encoder_attention": HEADS,
     "act": {"dtype": DTYPES, "activation": ANYTHING},
     "act_and_mul": {"dtype": DTYPES, "activation": ANYTHING},

@@ -59,13 +59,6 @@ def _bias(weights: Weights, source: LinearSource, modules: list[tuple[str, int]]
     )
 
 
-def no_stacked_experts(weights: Weights, method: str) -> UnsupportedModelError:
-    return UnsupportedModelError(
-        f"{weights.checkpoint.path}: the experts of {weights.checkpoint.architecture} are quantized as {method}; "
-        "expected mxfp4 or plain weights; use one of these checkpoints"
-    )
-
-
 def expect(config: dict[str, Any], key: str, found: object, allowed: tuple[object, ...]) -> Any:
     """found. Raises UnsupportedModelError where it is not one of those that the format's code reads."""
     if found not in allowed:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.formats._common import expect, no_stacked_experts, pack, quantize_groups, read_projection, unpack
+from engines.formats._common import expect, pack, quantize_groups, read_projection, unpack
 from engines.ops.moe import Projection
 from engines.ops.quantized import GroupedIntWeight
 from engines.weights import LinearSource, Weights
@@ -48,12 +48,6 @@ def read(weights: Weights, source: LinearSource) -> Projection:
         )
 
     return read_projection(weights, source, part)
-
-
-def read_stacked(
-    weights: Weights, name: str, num_experts: int, out_features: int, in_features: int
-) -> list[Projection]:
-    raise no_stacked_experts(weights, "awq")
 
 
 def quantize(weight: Tensor, group_size: int) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from engines.formats import fp8, gptq
-from engines.formats._common import expect, no_stacked_experts, pack, quantize_groups, read_projection, unpack
+from engines.formats._common import expect, pack, quantize_groups, read_projection, unpack
 from engines.ops.moe import Projection
 from engines.ops.quantized import Float8Weight, GroupedIntWeight, Int8Weight, QuantizedWeight
 from engines.weights import LinearSource, Weights
@@ -108,12 +108,6 @@ def read(weights: Weights, source: LinearSource) -> Projection:
         return _float8(weights, name, shape, said) if said.float8 else _int8(weights, name, shape, said)
 
     return read_projection(weights, source, part)
-
-
-def read_stacked(
-    weights: Weights, name: str, num_experts: int, out_features: int, in_features: int
-) -> list[Projection]:
-    raise no_stacked_experts(weights, "compressed-tensors")
 
 
 def _packed(weights: Weights, name: str, shape: tuple[int, int], said: Scheme) -> GroupedIntWeight:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.formats._common import expect, no_stacked_experts, read_projection
+from engines.formats._common import expect, read_projection
 from engines.ops.moe import Projection
 from engines.ops.quantized import Float8Weight
 from engines.weights import LinearSource, Weights
@@ -53,12 +53,6 @@ def read(weights: Weights, source: LinearSource) -> Projection:
         )
 
     return read_projection(weights, source, part)
-
-
-def read_stacked(
-    weights: Weights, name: str, num_experts: int, out_features: int, in_features: int
-) -> list[Projection]:
-    raise no_stacked_experts(weights, "fp8")
 
 
 def read_float8(

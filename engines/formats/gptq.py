@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engines.api import UnsupportedModelError
-from engines.formats._common import expect, no_stacked_experts, pack, quantize_groups, read_projection, unpack
+from engines.formats._common import expect, pack, quantize_groups, read_projection, unpack
 from engines.ops.moe import Projection
 from engines.ops.quantized import GroupedIntWeight
 from engines.weights import LinearSource, Weights
@@ -53,12 +53,6 @@ def read(weights: Weights, source: LinearSource) -> Projection:
         return GroupedIntWeight(codes, scales.T.contiguous(), zeros, bits, group_size, order)
 
     return read_projection(weights, source, part)
-
-
-def read_stacked(
-    weights: Weights, name: str, num_experts: int, out_features: int, in_features: int
-) -> list[Projection]:
-    raise no_stacked_experts(weights, "gptq")
 
 
 def column_order(name: str, g_idx: Tensor, group_size: int) -> Tensor | None:

@@ -24,6 +24,7 @@ class Attention:
         self.softmax_scale = spec.head_dim**-0.5 if spec.softmax_scale is None else spec.softmax_scale
         self.window = spec.window(layer)
         self.softcap = spec.attn_softcap
+        self.sinks = weights.take(f"{name}.sinks", spec.num_attention_heads) if spec.attn_sinks else None
         sizes = tuple(n * spec.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads))
         names = (f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj")
         qkv = LinearSource(names, spec.hidden_size, sizes, spec.qkv_bias, groups=spec.num_key_value_heads)
@@ -45,7 +46,7 @@ class Attention:
         self.ops.rope(q, k, rotation.positions, rotation.cos_sin)
         assert batch.slot_mapping is not None
         self.ops.write_kv(k, v, cache, batch.slot_mapping)
-        out = self.ops.paged_attention(q, cache, batch, self.softmax_scale, self.window, self.softcap)
+        out = self.ops.paged_attention(q, cache, batch, self.softmax_scale, self.window, self.softcap, self.sinks)
         return self.o_proj.forward(out.flatten(1))
 
 

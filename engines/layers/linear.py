@@ -12,21 +12,29 @@ from engines.weights import LinearSource, Weights
 
 
 class Format(Protocol):
-    """What a module of engines/formats offers, besides `detect`."""
+    """What a module of engines/formats offers, besides `detect`; `read_stacked` where experts may share a tensor."""
 
     def read(self, weights: Weights, source: LinearSource) -> Projection: ...
 
-    def read_stacked(
-        self, weights: Weights, name: str, num_experts: int, out_features: int, in_features: int
-    ) -> list[Projection]: ...
+
+def select_rows(read: Projection, rows: Tensor) -> Projection:
+    weight = read.weight[rows] if isinstance(read.weight, Tensor) else read.weight.rows(rows)
+    return Projection(weight, None if read.bias is None else read.bias[rows])
 
 
 class Linear:
-    """x: [num_tokens, in_features] -> [num_tokens, out_features of all parts, end to end]."""
+    """x: [num_tokens, in_features] -> [num_tokens, out_features of all parts, end to end].
 
-    def __init__(self, source: LinearSource, weights: Weights, fmt: Format, ops: OpSet) -> None:
+    rows: [n] int64, the output features that are wanted, in that order; None: all.
+    """
+
+    def __init__(
+        self, source: LinearSource, weights: Weights, fmt: Format, ops: OpSet, rows: Tensor | None = None
+    ) -> None:
         self.ops = ops
         read = fmt.read(weights, source)
+        if rows is not None:
+            read = select_rows(read, rows)
         if isinstance(read.weight, Tensor):
             self.weight = ops.prepare_linear(read.weight, read.bias)
         else:

@@ -13,10 +13,11 @@ from engines.weights import LinearSource, Weights
 class GatedMLP:
     """down_proj(act(gate_proj(x)) * up_proj(x)), with gate and up as one product (arXiv 2002.05202)."""
 
-    def __init__(self, name: str, spec: DecoderSpec, weights: Weights, fmt: Format, ops: OpSet) -> None:
+    def __init__(self, name: str, inner: int, spec: DecoderSpec, weights: Weights, fmt: Format, ops: OpSet) -> None:
+        """inner: the intermediate size."""
         self.ops = ops
         self.act = spec.hidden_act
-        inner, outer, bias = spec.intermediate_size, spec.hidden_size, spec.mlp_bias
+        outer, bias = spec.hidden_size, spec.mlp_bias
         gate_up = LinearSource((f"{name}.gate_proj", f"{name}.up_proj"), outer, (inner, inner), bias)
         self.gate_up_proj = Linear(gate_up, weights, fmt, ops)
         self.down_proj = Linear(LinearSource((f"{name}.down_proj",), inner, (outer,), bias), weights, fmt, ops)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from engines.batch import Batch
 from engines.models.spec import ModelSpec
-from engines.ops.kv_cache import KVCache
+
+Cache = Any
+"""engines.ops.kv_cache.KVCache, or LatentCache for models with a latent_rank: a model gets the kind it asks for."""
 
 
 class Model(Protocol):
@@ -25,8 +27,10 @@ class Model(Protocol):
     num_kv_heads: int
     head_dim: int
     """Shape of the caches that `forward` wants; 0 layers for encoders."""
+    latent_rank: int
+    """0: caches are of keys and values. Else: of latents, head_dim numbers a token, of which so many make values."""
 
-    def forward(self, batch: Batch, caches: list[KVCache]) -> Tensor:
+    def forward(self, batch: Batch, caches: list[Cache]) -> Tensor:
         """Hidden states after the last norm, [num_outputs, hidden_size], of the tokens in batch.output_indices.
 
         Modifies the caches: the new tokens' keys and values are written at batch.slot_mapping.

@@ -10,12 +10,14 @@ from engines.batch import Batch
 from engines.layers.attention import Attention
 from engines.layers.embedding import TokenEmbedding, make_head
 from engines.layers.linear import Format, Linear
+from engines.layers.mla import LatentAttention
 from engines.layers.mlp import GatedMLP
+from engines.layers.moe import MixtureOfExperts
 from engines.layers.norm import RMSNorm
 from engines.layers.rotary import RotaryEmbedding, Rotation
+from engines.models.base import Cache
 from engines.models.spec import DecoderSpec, ModelSpec, RopeSpec
 from engines.ops import OpSet
-from engines.ops.kv_cache import KVCache
 from engines.weights import LinearSource, Weights
 
 Head = Literal["logits", "labels", "none"]
@@ -26,8 +28,8 @@ class DecoderLayer:
 
     def __init__(self, layer: int, spec: DecoderSpec, weights: Weights, fmt: Format, ops: OpSet) -> None:
         name = f"layers.{layer}"
-        self.attention = Attention(f"{name}.self_attn", layer, spec, weights, fmt, ops)
-        self.mlp = GatedMLP(f"{name}.mlp", spec, weights, fmt, ops)
+        self.attention = make_attention(f"{name}.self_attn", layer, spec, weights, fmt, ops)
+        self.mlp = make_mlp(f"{name}.mlp", layer, spec, weights, fmt, ops)
 
         def norm(which: str) -> RMSNorm:
             return make_norm(f"{name}.{which}", spec, weights, ops)
@@ -46,7 +48,7 @@ class DecoderLayer:
         x: Tensor,
         residual: Tensor | None,
         batch: Batch,
-        cache: KVCache,
+        cache: Cache,
         rotation: Rotation,
         kept: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
@@ -84,11 +86,13 @@ class Decoder:
         self.max_model_len = max_model_len
         self.num_cache_layers = spec.num_hidden_layers
         self.num_kv_heads, self.head_dim = spec.num_key_value_heads, spec.head_dim
+        self.latent_rank = spec.mla.kv_lora_rank if spec.mla else 0
         self.logit_softcap = spec.logit_softcap
 
         def rotary(rope: RopeSpec) -> RotaryEmbedding:
             own = spec.max_position_embeddings
-            return RotaryEmbedding(rope, spec.head_dim, own, max_model_len, weights.dtype, weights.device)
+            head_dim = spec.mla.qk_rope_head_dim if spec.mla else spec.head_dim
+            return RotaryEmbedding(rope, head_dim, own, max_model_len, weights.dtype, weights.device)
 
         self.rope = rotary(spec.rope)
         self.rope_local = rotary(spec.rope_local) if spec.rope_local else self.rope
@@ -101,7 +105,7 @@ class Decoder:
         if head == "labels":
             self.score = Linear(LinearSource(("score",), spec.hidden_size, (spec.num_labels,)), weights, fmt, ops)
 
-    def forward(self, batch: Batch, caches: list[KVCache]) -> Tensor:
+    def forward(self, batch: Batch, caches: list[Cache]) -> Tensor:
         x, residual = self.embed_tokens.forward(batch.token_ids), None
         rotation = self.rope.rotation(batch)
         local = rotation if self.rope_local is self.rope else self.rope_local.rotation(batch)
@@ -129,6 +133,23 @@ class Decoder:
 
     def release(self, seq_id: int) -> None:
         """Nothing: all state is in the caches."""
+
+
+def make_attention(
+    name: str, layer: int, spec: DecoderSpec, weights: Weights, fmt: Format, ops: OpSet
+) -> Attention | LatentAttention:
+    if spec.mla is not None:
+        return LatentAttention(name, spec, spec.mla, weights, fmt, ops)
+    return Attention(name, layer, spec, weights, fmt, ops)
+
+
+def make_mlp(
+    name: str, layer: int, spec: DecoderSpec, weights: Weights, fmt: Format, ops: OpSet
+) -> GatedMLP | MixtureOfExperts:
+    experts = spec.experts(layer)
+    if experts is not None:
+        return MixtureOfExperts(name, spec, experts, weights, fmt, ops)
+    return GatedMLP(name, spec.intermediate_size, spec, weights, fmt, ops)
 
 
 def make_norm(name: str, spec: DecoderSpec, weights: Weights, ops: OpSet) -> RMSNorm:

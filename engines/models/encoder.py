@@ -11,9 +11,9 @@ from engines.layers.embedding import EncoderEmbedding
 from engines.layers.linear import Format, Linear
 from engines.layers.mlp import MLP
 from engines.layers.norm import LayerNorm
+from engines.models.base import Cache
 from engines.models.spec import EncoderSpec, ModelSpec
 from engines.ops import OpSet
-from engines.ops.kv_cache import KVCache
 from engines.weights import LinearSource, Weights
 
 HEADS: dict[str, tuple[str, str]] = {
@@ -42,7 +42,7 @@ class Encoder:
     """A bidirectional model without a cache. Satisfies engines.models.base.Model."""
 
     paged = True
-    num_cache_layers = 0
+    num_cache_layers = latent_rank = 0
 
     def __init__(
         self, spec: EncoderSpec, classifies: bool, max_model_len: int, weights: Weights, fmt: Format, ops: OpSet
@@ -61,7 +61,7 @@ class Encoder:
                 Linear(LinearSource((labels,), spec.hidden_size, (spec.num_labels,), bias=True), weights, fmt, ops),
             )
 
-    def forward(self, batch: Batch, caches: list[KVCache]) -> Tensor:
+    def forward(self, batch: Batch, caches: list[Cache]) -> Tensor:
         """caches: not used, may be empty."""
         x = self.embeddings.forward(batch)
         for layer in self.layers:

@@ -46,6 +46,62 @@ class RopeSpec:
 
 
 @dataclass(frozen=True)
+class MoESpec:
+    """A mixture of experts in place of the MLP. Names are those of Qwen's and DeepSeek's config.json."""
+
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    scoring: Literal["softmax", "softmax_of_chosen", "sigmoid"] = "softmax"
+    """As the op `route` has it."""
+    norm_topk_prob: bool = False
+    routed_scaling_factor: float = 1.0
+    n_group: int = 1
+    topk_group: int = 1
+    correction_bias: bool = False
+    """A bias on the scores that counts for the choice of experts only (DeepSeek V3)."""
+    router_bias: bool = False
+    router_float32: bool = False
+    """The router's product is in float32 whatever the compute dtype."""
+    shared_intermediate_size: int = 0
+    """Of the expert that every token goes to; 0: there is none."""
+    shared_gate: bool = False
+    """The shared expert's output is multiplied by the sigmoid of a projection to one number (Qwen 2)."""
+    stacked: bool = False
+    """Experts are stored in one tensor a projection, with biases, gate and up interleaved (gpt-oss)."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers that have a plain MLP of DecoderSpec.intermediate_size nevertheless."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+        if self.num_experts_per_tok > self.num_experts or self.num_experts % self.n_group:
+            raise CheckpointError(
+                f"config.json: {self.num_experts_per_tok} of {self.num_experts} experts in {self.n_group} groups; "
+                "expected no more than there are, in equal groups; download it again"
+            )
+
+
+@dataclass(frozen=True)
+class MLASpec:
+    """Multi-head latent attention (DeepSeek V2, arXiv 2405.04434 section 2.1): the cache holds one vector a token.
+
+    With it, DecoderSpec has num_key_value_heads 1 and head_dim kv_lora_rank + qk_rope_head_dim: what is cached.
+    """
+
+    kv_lora_rank: int
+    qk_nope_head_dim: int
+    qk_rope_head_dim: int
+    v_head_dim: int
+    q_lora_rank: int = 0
+    """0: queries are not compressed."""
+    rope_interleave: bool = True
+    """Pairs that rotate together are stored side by side; else half a head apart."""
+
+    def __post_init__(self) -> None:
+        _check_numbers(self)
+
+
+@dataclass(frozen=True)
 class DecoderSpec:
     """A causal decoder: token embedding, layers of attention and MLP around a residual, norm, head."""
 
@@ -59,7 +115,7 @@ class DecoderSpec:
     max_position_embeddings: int
     rope: RopeSpec
     rms_norm_eps: float = 1e-6
-    hidden_act: Literal["silu", "gelu_tanh", "gelu"] = "silu"
+    hidden_act: Literal["silu", "gelu_tanh", "gelu", "swiglu_oai"] = "silu"
     norm_weight_offset: float = 0.0
     """1 where the checkpoint stores weight - 1 (Gemma)."""
     sandwich_norm: bool = False
@@ -76,6 +132,10 @@ class DecoderSpec:
     """Used instead of `rope` in the layers that have a window (Gemma 3)."""
     attn_softcap: float = 0.0
     """softcap * tanh(score / softcap); 0: off."""
+    attn_sinks: bool = False
+    """A learned logit a head that joins each softmax (gpt-oss)."""
+    mla: MLASpec | None = None
+    moe: MoESpec | None = None
     logit_softcap: float = 0.0
     embedding_scale: float = 1.0
     """Rounded to the model's dtype before it multiplies, as the reference implementations do."""
@@ -93,6 +153,10 @@ class DecoderSpec:
 
     def window(self, layer: int) -> int:
         return self.windows[layer] if self.windows else 0
+
+    def experts(self, layer: int) -> MoESpec | None:
+        """The mixture of experts of a layer; None where it has a plain MLP."""
+        return None if self.moe is None or layer in self.moe.dense_layers else self.moe
 
 
 @dataclass(frozen=True)
@@ -129,7 +193,7 @@ class EncoderSpec:
         return self.hidden_size // self.num_attention_heads
 
 
-def _check_numbers(spec: RopeSpec | DecoderSpec | EncoderSpec) -> None:
+def _check_numbers(spec: RopeSpec | MoESpec | MLASpec | DecoderSpec | EncoderSpec) -> None:
     """Raises CheckpointError for a size that is no number, or not positive where there is no default."""
     for f in fields(spec):
         value = getattr(spec, f.name)
@@ -201,6 +265,62 @@ def decoder_spec(config: Mapping[str, Any], **differences: Any) -> DecoderSpec:
     return DecoderSpec(**{**fields, **differences})
 
 
+def qwen_experts(config: Mapping[str, Any], **differences: Any) -> MoESpec:
+    """The mixture of a Qwen-shaped config.json: which layers have one, and its sizes."""
+    plain, step = config.get("mlp_only_layers") or (), config.get("decoder_sparse_step", 1)
+    layers = range(size(config, "num_hidden_layers"))
+    return MoESpec(
+        num_experts=size(config, "num_local_experts" if config.get("num_local_experts") else "num_experts"),
+        num_experts_per_tok=size(config, "num_experts_per_tok"),
+        moe_intermediate_size=size(config, "moe_intermediate_size"),
+        norm_topk_prob=bool(config.get("norm_topk_prob", False)),
+        dense_layers=tuple(i for i in layers if i in plain or (i + 1) % step),
+        **differences,
+    )
+
+
+def deepseek_spec(config: Mapping[str, Any], **experts: Any) -> DecoderSpec:
+    """The spec of a DeepSeek-shaped config.json: latent attention, experts after some plain layers.
+
+    experts: what the family's router has of its own, as fields of MoESpec.
+    """
+    rank, rope_dim = size(config, "kv_lora_rank"), size(config, "qk_rope_head_dim")
+    mla = MLASpec(
+        kv_lora_rank=rank,
+        qk_nope_head_dim=size(config, "qk_nope_head_dim"),
+        qk_rope_head_dim=rope_dim,
+        v_head_dim=size(config, "v_head_dim"),
+        q_lora_rank=config.get("q_lora_rank") or 0,
+        rope_interleave=bool(config.get("rope_interleave", True)),
+    )
+    kinds = config.get("mlp_layer_types")
+    plain = (
+        range(config["first_k_dense_replace"]) if kinds is None else [i for i, k in enumerate(kinds) if k == "dense"]
+    )
+    inner = size(config, "moe_intermediate_size")
+    moe = MoESpec(
+        num_experts=size(config, "n_routed_experts"),
+        num_experts_per_tok=size(config, "num_experts_per_tok"),
+        moe_intermediate_size=inner,
+        routed_scaling_factor=config.get("routed_scaling_factor", 1.0),
+        router_float32=True,
+        shared_intermediate_size=inner * (config.get("n_shared_experts") or 0),
+        dense_layers=tuple(plain),
+        **experts,
+    )
+    rope = rope_spec(config, rope_dim)
+    scale = (mla.qk_nope_head_dim + rope_dim) ** -0.5
+    if rope.kind != "default" and rope.mscale_all_dim and rope.factor > 1:
+        # Source: yarn_apply_mscale of transformers' modeling_deepseek_v3.py.
+        scale *= (0.1 * rope.mscale_all_dim * math.log(rope.factor) + 1.0) ** 2
+    bias = bool(config.get("attention_bias", False))
+    whole = {**config, "num_key_value_heads": 1, "head_dim": rank + rope_dim}
+    return decoder_spec(
+        whole, rope=rope, softmax_scale=scale, qkv_bias=bias, o_bias=bias, mla=mla, moe=moe,
+        mlp_bias=bool(config.get("mlp_bias", False)),
+    )  # fmt: skip
+
+
 def encoder_spec(config: Mapping[str, Any], head: Literal["bert", "roberta"], position_offset: int = 0) -> EncoderSpec:
     """The spec of a BERT-shaped config.json.
 
@@ -232,6 +352,13 @@ def causal_only(config: Mapping[str, Any]) -> Mapping[str, Any]:
     if config.get("use_bidirectional_attention"):
         raise UnsupportedModelError("config.json: use_bidirectional_attention is set; expected a causal model")
     return config
+
+
+def expect(key: str, found: Any, allowed: tuple[Any, ...]) -> Any:
+    """found. Raises UnsupportedModelError where it is none of those that this code knows."""
+    if found not in allowed:
+        raise UnsupportedModelError(f"config.json: {key} {found!r}; expected {' or '.join(map(repr, allowed))}")
+    return found
 
 
 def size(config: Mapping[str, Any], key: str) -> int:
@@ -336,9 +463,11 @@ def requirements(
 
     quantization: attributes of the linear layers' format (engines.capability.quantization_attributes); empty: dense.
     """
-    linear = Requirement("linear", {"dtype": dtype, **(quantization or {})})
+    said = dict(quantization or {})
+    of_experts = said.get("quantization") == "mxfp4"
+    linear = Requirement("linear", {"dtype": dtype, **({} if of_experts else said)})
     needed = [Requirement("embedding", {"dtype": dtype}), linear]
-    needed += _encoder(spec, dtype) if isinstance(spec, EncoderSpec) else _decoder(spec, dtype)
+    needed += _encoder(spec, dtype) if isinstance(spec, EncoderSpec) else _decoder(spec, dtype, said)
     if adapters:
         needed.append(Requirement("lora", {"dtype": dtype}))
     if kind == "generate":
@@ -348,7 +477,7 @@ def requirements(
     return needed
 
 
-def _decoder(spec: DecoderSpec, dtype: str) -> list[Requirement]:
+def _decoder(spec: DecoderSpec, dtype: str, quantization: dict[str, int | str | bool]) -> list[Requirement]:
     heads: dict[str, int | str | bool] = {"dtype": dtype, "head_dim": spec.head_dim}
     norm: dict[str, int | str | bool] = {"dtype": dtype}
     if spec.norm_weight_offset:
@@ -358,14 +487,27 @@ def _decoder(spec: DecoderSpec, dtype: str) -> list[Requirement]:
         attention["window"] = True
     if spec.attn_softcap:
         attention["softcap"] = True
+    if spec.attn_sinks:
+        attention["sinks"] = True
     needed = [Requirement("rms_norm", norm), Requirement("add_rms_norm", norm)]
     for rope in filter(None, (spec.rope, spec.rope_local)):
         rotary = {**heads, "kind": rope.kind}
+        if spec.mla is not None:
+            rotary["head_dim"] = spec.mla.qk_rope_head_dim
         if rope.rotary_dim:
             rotary["rotary_dim"] = rope.rotary_dim
         needed.append(Requirement("rope", rotary))
-    needed += [Requirement("write_kv", heads), Requirement("paged_attention", attention)]
+    if spec.mla is None:
+        needed += [Requirement("write_kv", heads), Requirement("paged_attention", attention)]
+    else:
+        latent: dict[str, int | str | bool] = {"dtype": dtype}
+        latent |= {"kv_lora_rank": spec.mla.kv_lora_rank, "rope_dim": spec.mla.qk_rope_head_dim}
+        needed += [Requirement(op, latent) for op in ("write_latent", "latent_attention")]
+        needed.append(Requirement("head_linear", {"dtype": dtype}))
     needed.append(Requirement("act_and_mul", {"dtype": dtype, "activation": spec.hidden_act}))
+    if spec.moe is not None:
+        needed.append(Requirement("route", {"scoring": spec.moe.scoring}))
+        needed.append(Requirement("fused_experts", {"dtype": dtype, "activation": spec.hidden_act, **quantization}))
     if spec.logit_softcap:
         needed.append(Requirement("softcap"))
     return needed

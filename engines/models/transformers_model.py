@@ -156,7 +156,7 @@ class TransformersModel:
         self.takes_positions = "position_ids" in parameters
         self.cache_argument = next((name for name in _CACHE_ARGUMENTS if name in parameters), "")
         self.states: dict[int, SequenceState] = {}
-        self.num_cache_layers = self.num_kv_heads = self.head_dim = 0
+        self.num_cache_layers = self.num_kv_heads = self.head_dim = self.latent_rank = 0
         self.paged = False
         self.reason = self._route(config)
         """Why the model keeps its own cache; empty when its attention is routed."""

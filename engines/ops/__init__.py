@@ -22,12 +22,16 @@ class OpSet:
     allocate_kv_cache = staticmethod(kv_cache.allocate_kv_cache)
     write_kv = staticmethod(kv_cache.write_kv)
     paged_attention = staticmethod(attention.paged_attention)
+    allocate_latent_cache = staticmethod(kv_cache.allocate_latent_cache)
+    write_latent = staticmethod(kv_cache.write_latent)
+    latent_attention = staticmethod(attention.latent_attention)
     encoder_attention = staticmethod(attention.encoder_attention)
     act = staticmethod(activation.act)
     act_and_mul = staticmethod(activation.act_and_mul)
     softcap = staticmethod(activation.softcap)
     prepare_linear = staticmethod(linear.prepare_linear)
     prepare_quantized = linear.prepare_quantized
+    head_linear = staticmethod(linear.head_linear)
     linear = staticmethod(linear.linear)
     prepare_experts = moe.prepare_experts
     route = staticmethod(moe.route)

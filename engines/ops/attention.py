@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from engines.batch import Batch
-from engines.ops.kv_cache import KVCache
+from engines.ops.kv_cache import KVCache, LatentCache
 
 
 def paged_attention(
@@ -42,6 +42,27 @@ def paged_attention(
         k, v = (t[blocks].transpose(1, 2).reshape(-1, *t.shape[1:2], t.shape[3])[:seq_len] for t in (cache.k, cache.v))
         first = seq_len - (end - begin)
         out[begin:end] = _attend(q[begin:end], k, v, group, softmax_scale, first, window_size, softcap, sinks)
+    return out
+
+
+def latent_attention(q: Tensor, cache: LatentCache, batch: Batch, softmax_scale: float) -> Tensor:
+    """Causal attention of each sequence's new tokens to all its tokens, on the latents that all heads share.
+
+    q: [num_tokens, num_heads, rank + rope_dim]. A token's key is its whole vector, its value the first `rank` numbers
+    of it. Returns a new tensor, [num_tokens, num_heads, rank], q's dtype. Slots past a sequence's length are not read.
+    """
+    assert batch.block_tables is not None
+    out = q.new_empty(*q.shape[:2], cache.rank)
+    starts = batch.cu_seqlens_q.tolist()
+    for i, seq_len in enumerate(batch.seq_lens.tolist()):
+        begin, end = starts[i], starts[i + 1]
+        if begin == end:
+            continue
+        blocks = batch.block_tables[i, : -(-seq_len // cache.block_size)].long()
+        k = cache.data[blocks].flatten(0, 1)[:seq_len, None]
+        v = k[..., : cache.rank]
+        first = seq_len - (end - begin)
+        out[begin:end] = _attend(q[begin:end], k, v, q.shape[1], softmax_scale, first, 0, 0.0, None)
     return out
 
 

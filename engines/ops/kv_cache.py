@@ -40,3 +40,34 @@ def write_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None
     block, offset = slot_mapping // cache.block_size, slot_mapping % cache.block_size
     cache.k[block, :, offset] = k.to(cache.k.dtype)
     cache.v[block, :, offset] = v.to(cache.v.dtype)
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """What multi-head latent attention keeps of one layer: a vector a token, for all heads."""
+
+    data: Tensor
+    """[num_blocks, block_size, rank + rope_dim]: the latent, of which keys and values are made, and the rotated key"""
+    rank: int
+    """Leading numbers of each vector that are the latent."""
+
+    @property
+    def block_size(self) -> int:
+        return self.data.shape[1]
+
+
+def allocate_latent_cache(
+    num_blocks: int, block_size: int, rank: int, rope_dim: int, dtype: torch.dtype, device: torch.device
+) -> LatentCache:
+    """An uninitialized cache; nothing may depend on what unwritten slots hold, NaN included."""
+    return LatentCache(torch.empty(num_blocks, block_size, rank + rope_dim, dtype=dtype, device=device), rank)
+
+
+def write_latent(latent: Tensor, cache: LatentCache, slot_mapping: Tensor) -> None:
+    """Store new tokens' vectors in their slots.
+
+    latent: [num_tokens, rank + rope_dim]; slot_mapping: [num_tokens] int64, block * block_size + offset.
+
+    Modifies cache.
+    """
+    cache.data[slot_mapping // cache.block_size, slot_mapping % cache.block_size] = latent.to(cache.data.dtype)

@@ -52,6 +52,14 @@ def linear(x: Tensor, weight: LinearWeight) -> Tensor:
     return functional.linear(x, weight.data, weight.bias)
 
 
+def head_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Each head's own product. x: [num_tokens, num_heads, in]; weight: [num_heads, in, out], x's dtype.
+
+    Returns [num_tokens, num_heads, out], x's dtype.
+    """
+    return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
+
+
 def quantize_input(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """(int8 codes of x's shape, [num_tokens, 1] or [] scales) as Int8Weight.input_scale has it."""
     wide = x if x.dtype == torch.float64 else x.float()

@@ -26,6 +26,44 @@ def test_qwen2_7b_and_bert_base_by_hand() -> None:
     assert costs.kv_bytes_per_token(BERT_BASE, "float32") == 0
 
 
+PUBLISHED = {
+    "mixtral 8x7b": ("mixtral", 46.7e9, {
+        "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2}, 12.9e9),
+    "qwen3 30b a3b": ("qwen3_moe", 30.5e9, {
+        "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 48,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "head_dim": 128, "num_experts": 128,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 768}, 3.3e9),
+    "gpt-oss 20b": ("gpt_oss", 20.9e9, {
+        "vocab_size": 201088, "hidden_size": 2880, "intermediate_size": 2880, "num_hidden_layers": 24,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 64, "num_local_experts": 32,
+        "num_experts_per_tok": 4}, 3.6e9),
+    "deepseek v3": ("deepseek_v3", 671e9, {
+        "vocab_size": 129280, "hidden_size": 7168, "intermediate_size": 18432, "num_hidden_layers": 61,
+        "num_attention_heads": 128, "kv_lora_rank": 512, "q_lora_rank": 1536, "qk_nope_head_dim": 128,
+        "qk_rope_head_dim": 64, "v_head_dim": 128}, 37e9),
+}  # fmt: skip
+"""Total and active parameters, as the model cards have them."""
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_mixtures_by_their_model_cards(name: str) -> None:
+    family, total, config, active = PUBLISHED[name]
+    spec = discover.families()[family].spec(config)
+    assert costs.num_parameters(spec) == pytest.approx(total, rel=5e-3)
+    # Cards differ in whether embeddings count as active.
+    found = costs.matrix_parameters(spec) + costs.head_parameters(spec)
+    assert found == pytest.approx(active, rel=0.1)
+    few, many = (costs.step(spec, "bfloat16", n, 0, 0).num_bytes for n in (1, 1000))
+    assert few < 2.1 * active
+    assert many > 1.99 * (total - 2 * spec.vocab_size * spec.hidden_size)
+
+
+def test_a_latent_cache_is_one_vector_a_token() -> None:
+    spec = discover.families()["deepseek_v3"].spec(PUBLISHED["deepseek v3"][2])
+    assert costs.kv_bytes_per_token(spec, "bfloat16") == 61 * 576 * 2
+
+
 def test_a_token_costs_two_operations_a_weight() -> None:
     cost = costs.step(LLAMA_3_8B, "bfloat16", num_tokens=1, kv_tokens=0, num_outputs=1)
     weights = costs.num_parameters(LLAMA_3_8B) - costs.embedding_parameters(LLAMA_3_8B)

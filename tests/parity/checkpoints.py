@@ -37,7 +37,8 @@ def make_checkpoint(config: dict[str, Any], folder: Path, dtype: torch.dtype = t
     """
     torch.manual_seed(seed)
     read = reference_config(config, folder)
-    model = reference_class(config)._from_config(read, attn_implementation="eager", dtype=torch.float32).eval()
+    options = {"attn_implementation": "eager", "experts_implementation": "eager", "dtype": torch.float32}
+    model = reference_class(config)._from_config(read, **options).eval()
     tied = getattr(read.get_text_config(), "tie_word_embeddings", False)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -45,6 +46,9 @@ def make_checkpoint(config: dict[str, Any], folder: Path, dtype: torch.dtype = t
             # A tied table would make every token continue itself if it were as large as the layers' output.
             scale = TIED_SCALE if tied and parameter is model.get_input_embeddings().weight else SCALE
             parameter.copy_(centre + torch.randn_like(parameter) * scale)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.copy_(torch.randn_like(buffer) * SCALE)
     model.to(dtype).save_pretrained(folder)
     saved = json.loads((folder / "config.json").read_text())
     (folder / "saved_config.json").write_text(json.dumps(saved))

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from engines.api import EngineConfig, EngineSettings
 from engines.batch import Batch
+from engines.core.model_runner import allocate_caches
 from engines.models.base import Model
 from engines.ops import OpSet
+from engines.ops.kv_cache import KVCache
 
 BLOCK_SIZE = 16
 
@@ -35,13 +37,11 @@ class Driver:
         self.tables = torch.full((len(counts), max(counts)), 1 << 30, dtype=torch.int32)
         for i, blocks in enumerate(order.split(counts)):
             self.tables[i, : len(blocks)] = blocks
-        shape = (self.model.num_kv_heads, self.model.head_dim, self.dtype, torch.device("cpu"))
-        self.caches = [
-            self.ops.allocate_kv_cache(sum(counts), BLOCK_SIZE, *shape) for _ in range(self.model.num_cache_layers)
-        ]
+        where = (self.dtype, torch.device("cpu"))
+        self.caches = allocate_caches(self.model, self.ops, sum(counts), BLOCK_SIZE, *where)
         for cache in self.caches:
-            cache.k.fill_(float("nan"))
-            cache.v.fill_(float("nan"))
+            for tensor in (cache.k, cache.v) if isinstance(cache, KVCache) else (cache.data,):
+                tensor.fill_(float("nan"))
         self.done = [0] * len(counts)
 
     def run(

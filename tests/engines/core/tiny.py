@@ -21,7 +21,7 @@ class TinyModel:
     """Embedding, position, paged attention, head; float64, so that the order of sums never decides a token."""
 
     paged = True
-    num_cache_layers, num_kv_heads, head_dim = 1, HEADS, DIM
+    num_cache_layers, num_kv_heads, head_dim, latent_rank = 1, HEADS, DIM, 0
     vocab_size, hidden_size = VOCAB, HEADS * DIM
 
     def __init__(self, max_model_len: int = 96, poison: int | None = None) -> None:

@@ -43,12 +43,8 @@ def test_as_exact_as_the_reference(ops: OpSet, case: Case) -> None:
 
 
 def test_there_are_cases_for_every_op() -> None:
-    assert {case.op for case in CASES} | {
-        "prepare_linear",
-        "prepare_quantized",
-        "prepare_experts",
-        "allocate_kv_cache",
-    } == set(OP_NAMES)
+    made = {name for name in OP_NAMES if name.startswith(("prepare_", "allocate_"))}
+    assert {case.op for case in CASES} | made == set(OP_NAMES)
 
 
 def test_backends_are_found() -> None:

@@ -1,0 +1,104 @@
+"""A mixture of experts in place of the MLP."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from engines.api import UnsupportedModelError
+from engines.layers.linear import Format, Linear, select_rows
+from engines.layers.mlp import GatedMLP
+from engines.models.spec import DecoderSpec, MoESpec
+from engines.ops import OpSet
+from engines.ops.linear import LinearWeight
+from engines.ops.moe import Experts, Projection
+from engines.weights import LinearSource, Weights
+
+
+class MixtureOfExperts:
+    """The sum of a token's experts, by the weights that the router gives them, and of the shared expert's output."""
+
+    def __init__(self, name: str, spec: DecoderSpec, moe: MoESpec, weights: Weights, fmt: Format, ops: OpSet) -> None:
+        self.ops, self.moe = ops, moe
+        self.act = spec.hidden_act
+        self.gate = _Router(f"{name}.gate", spec, moe, weights, ops)
+        if moe.stacked:
+            self.experts = _stacked(f"{name}.experts", spec, moe, weights, fmt, ops)
+        else:
+            self.experts = _separate(f"{name}.experts", spec, moe, weights, fmt, ops)
+        self.shared_expert = None
+        if moe.shared_intermediate_size:
+            size = moe.shared_intermediate_size
+            self.shared_expert = GatedMLP(f"{name}.shared_expert", size, spec, weights, fmt, ops)
+        self.shared_gate = None
+        if moe.shared_gate:
+            self.shared_gate = Linear(
+                LinearSource((f"{name}.shared_expert_gate",), spec.hidden_size, (1,)), weights, fmt, ops
+            )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [num_tokens, hidden_size]; returns the same shape."""
+        weights, ids = self.gate.forward(x)
+        out = self.ops.fused_experts(x, self.experts, weights, ids, self.act)
+        if self.shared_expert is None:
+            return out
+        shared = self.shared_expert.forward(x)
+        if self.shared_gate is not None:
+            shared = torch.sigmoid(self.shared_gate.forward(x)) * shared
+        return out + shared
+
+
+class _Router:
+    """Experts of each token and their weights. No format quantizes the router."""
+
+    def __init__(self, name: str, spec: DecoderSpec, moe: MoESpec, weights: Weights, ops: OpSet) -> None:
+        self.ops, self.moe = ops, moe
+        self.dtype = torch.float32 if moe.router_float32 else weights.dtype
+        count = moe.num_experts
+        weight = weights.read(weights.stored_name(f"{name}.weight"), (count, spec.hidden_size), self.dtype)
+        bias = weights.read(weights.stored_name(f"{name}.bias"), (count,), self.dtype) if moe.router_bias else None
+        self.weight: LinearWeight = ops.prepare_linear(weight, bias)
+        self.correction_bias = None
+        if moe.correction_bias:
+            stored = weights.stored_name(f"{name}.e_score_correction_bias")
+            self.correction_bias = weights.read(stored, (count,), torch.float32)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        moe = self.moe
+        return self.ops.route(
+            self.ops.linear(x.to(self.dtype), self.weight),
+            moe.num_experts_per_tok,
+            moe.scoring,
+            moe.norm_topk_prob,
+            moe.routed_scaling_factor,
+            self.correction_bias,
+            moe.n_group,
+            moe.topk_group,
+        )
+
+
+def _separate(name: str, spec: DecoderSpec, moe: MoESpec, weights: Weights, fmt: Format, ops: OpSet) -> Experts:
+    """Experts that are modules of their own, as MLPs are."""
+    outer, inner = spec.hidden_size, moe.moe_intermediate_size
+    gate_up, down = [], []
+    for expert in range(moe.num_experts):
+        prefix = f"{name}.{expert}"
+        both = LinearSource((f"{prefix}.gate_proj", f"{prefix}.up_proj"), outer, (inner, inner))
+        gate_up.append(fmt.read(weights, both))
+        down.append(fmt.read(weights, LinearSource((f"{prefix}.down_proj",), inner, (outer,))))
+    return ops.prepare_experts(gate_up, down, weights.dtype)
+
+
+def _stacked(name: str, spec: DecoderSpec, moe: MoESpec, weights: Weights, fmt: Format, ops: OpSet) -> Experts:
+    """Experts that lie in one tensor a projection; rows of gate and up alternate there."""
+    read_stacked = getattr(fmt, "read_stacked", None)
+    if read_stacked is None:
+        raise UnsupportedModelError(
+            f"{weights.checkpoint.path}: the experts of {weights.checkpoint.architecture} lie in one tensor, quantized "
+            "in a format that is not known for such; expected mxfp4 or plain weights; use one of these checkpoints"
+        )
+    count, outer, inner = moe.num_experts, spec.hidden_size, moe.moe_intermediate_size
+    gate_first = torch.cat((torch.arange(0, 2 * inner, 2), torch.arange(1, 2 * inner, 2))).to(weights.device)
+    gate_up: list[Projection] = read_stacked(weights, f"{name}.gate_up_proj", count, 2 * inner, outer)
+    down = read_stacked(weights, f"{name}.down_proj", count, outer, inner)
+    return ops.prepare_experts([select_rows(read, gate_first) for read in gate_up], down, weights.dtype)
