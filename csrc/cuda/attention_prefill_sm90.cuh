@@ -63,7 +63,6 @@ __device__ __forceinline__ void copy_tiles(const Sm90Params& p, const Sequence<T
       PhaseBarrier* full = memory.full(what, i);
       if (i >= Shape::kStages) barrier_wait(memory.empty(what, i), memory.parity(i - Shape::kStages));
       if (lane == 0) barrier_arrive_expect(full, (last - first) * rows * D * 2);
-      __syncwarp();
       for (int box = lane; box < (last - first) * (D / 64); box += 32) {
         const int key = (first + box / (D / 64)) * rows, half = box % (D / 64);
         copy_box(memory.tile(what, i) + half * Shape::kHalf + (key - tile) * 128, what ? p.values : p.keys, full,
@@ -128,7 +127,7 @@ __device__ __forceinline__ void attend_tiles(const Sm90Params& params, const Seq
   using Shape = Sm90Shape<D>;
   const AttentionParams& p = params.attention;
   const int lane = threadIdx.x % 32, row = first_row + (static_cast<int>(threadIdx.x) / 32 - 4) * 16 + lane / 4;
-  const bool speaks = threadIdx.x % 128 == 0;  // for its warpgroup
+  const bool speaks = lane == 0;  // for its warp, when it has read a stage
   const int position[2] = {own.position(row, p.group), own.position(row + 8, p.group)};
   const int rows_of_box = min(1 << p.block_shift, Shape::kKeys);
 
@@ -192,7 +191,7 @@ __global__ void __launch_bounds__(Sm90Shape<D>::kThreads, 1) prefill_sm90_kernel
   if (threadIdx.x == 0) {
     for (int i = 0; i < 2 * Shape::kStages; ++i) {
       barrier_init(memory.barriers + i, 1);
-      barrier_init(memory.barriers + 2 * Shape::kStages + i, Shape::kGroups);
+      barrier_init(memory.barriers + 2 * Shape::kStages + i, Shape::kGroups * 4);
     }
     barrier_init_fence();
   }

@@ -20,7 +20,13 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(emulated.absent() is not None, reason=str(emulated.absent())),
 ]
-BARRIER = re.compile(r"__sync(?:threads|warp)\(\);|copy_wait<[^;]*>\(\);|fence\(\);(?= *// )")
+BARRIER = re.compile(
+    r"__sync(?:threads|warp)\(\);|copy_wait<[^;]*>\(\);|products_wait<\d>\(\);|sync_some\([^;]*\);|barrier_wait\([^;]*\);"
+)
+UNSEEN = {
+    ("attention_decode.cuh", 1): "emulated lanes meet in the exchange of load_matrices anyway",
+}
+"""Barriers that the GPU needs and the emulator cannot miss."""
 OPS_OF = {
     "attention": ["paged_attention"],
     "elementwise": ["rms_norm", "add_rms_norm"],
@@ -33,7 +39,8 @@ def barriers() -> list[tuple[str, int]]:
     """(file, number in it) of every barrier of every kernel."""
     files = sorted(cuda_build.FOLDER.glob("*.cuh"))
     files = [path for path in files if path.name != "primitives.cuh"]
-    return [(path.name, i) for path in files for i in range(len(BARRIER.findall(path.read_text("utf-8"))))]
+    found = [(path.name, i) for path in files for i in range(len(BARRIER.findall(path.read_text("utf-8"))))]
+    return [barrier for barrier in found if barrier not in UNSEEN]
 
 
 def run(library: Path, ops: list[str], **environment: str) -> subprocess.CompletedProcess[str]:
@@ -58,7 +65,7 @@ def ops_of(file: str) -> list[str]:
 def test_a_missing_barrier_is_noticed(tmp_path: Path, file: str, number: int) -> None:
     text = (cuda_build.FOLDER / file).read_text("utf-8")
     found = list(BARRIER.finditer(text))[number]
-    library = changed(tmp_path, file, text[: found.start()] + text[found.end() :])
+    library = changed(tmp_path, file, f"{text[: found.start()]};{text[found.end() :]}")
     done = run(library, ops_of(file))
     shutil.rmtree(library.parent)
     assert done.returncode != 0, f"{file} without {found[0]!r} at {found.start()} has the right results in every order"

@@ -20,5 +20,7 @@ def compiled() -> list[tuple[Case, torch.dtype]]:
                 continue
             if case.op == "paged_attention" and case.arguments(dtype)[0].shape[2] not in HEAD_DIMS:
                 continue
+            if dtype == torch.float16 and case.name.endswith(", blocks of 32"):
+                continue  # as the same case without, in the other dtype
             found.append((case, dtype))
     return found

@@ -234,20 +234,29 @@ inline bool resume(int number) {
   return true;
 }
 
-// One turn for every thread of the running block. Whether anything happened.
-inline bool sweep(Order& order) {
-  const int count = static_cast<int>(block->threads.size());
-  const uint64_t events = block->events;
-  if (order.warps_run_ahead()) {
-    for (int number : order.of(static_cast<int>(block->warps.size())))
-      for (bool moved = true; moved;) {
-        moved = false;
-        for (int i = number * 32; i < std::min(count, number * 32 + 32); ++i) moved |= resume(i);
-      }
-  } else {
-    for (int i : order.of(count)) resume(i);
+using Running = std::vector<std::unique_ptr<Block>>;
+
+// One turn for every thread, or for every warp as far as it can go. Whether anything happened.
+inline bool sweep(Order& order, const Running& running) {
+  const int step = order.warps_run_ahead() ? 32 : 1;
+  std::vector<std::pair<Block*, int>> units;
+  uint64_t before = 0, after = 0;
+  for (const auto& own : running) {
+    if (!own) continue;
+    before += own->events;
+    for (int i = 0; i < static_cast<int>(own->threads.size()); i += step) units.emplace_back(own.get(), i);
   }
-  return block->events != events;
+  for (int at : order.of(static_cast<int>(units.size()))) {
+    block = units[at].first;
+    const int first = units[at].second, end = std::min(first + step, static_cast<int>(block->threads.size()));
+    for (bool moved = true; moved;) {
+      moved = false;
+      for (int i = first; i < end; ++i) moved |= resume(i) && step > 1;
+    }
+  }
+  for (const auto& own : running)
+    if (own) after += own->events;
+  return before != after;
 }
 
 [[noreturn]] inline void fail_deadlocked() {
@@ -282,25 +291,22 @@ inline void launch(std::function<void()> kernel, dim3 grid, dim3 size, size_t dy
   Order order;
   body = &kernel;
   const std::vector<int> blocks = order.of(static_cast<int>(grid.x * grid.y * grid.z));
-  std::vector<std::unique_ptr<Block>> running(kConcurrentBlocks);
-  for (size_t next = 0, alive = 0; next < blocks.size() || alive;) {
-    alive = 0;
-    bool moved = false;
+  Running running(kConcurrentBlocks);
+  for (size_t next = 0;;) {
+    bool any = false;
     for (int slot = 0; slot < kConcurrentBlocks; ++slot) {
+      if (running[slot] && !running[slot]->alive) {
+        std::free(running[slot]->shared);
+        running[slot].reset();
+      }
       if (!running[slot] && next < blocks.size()) running[slot] = start(blocks[next++], slot, grid, size, dynamic);
-      if (!running[slot]) continue;
-      block = running[slot].get();
-      moved |= sweep(order);
-      alive += block->alive > 0;
-      if (block->alive) continue;
-      std::free(block->shared);
-      running[slot].reset();
+      any |= running[slot] != nullptr;
     }
-    if (!moved && alive) {
-      for (const auto& own : running)
-        if (own) block = own.get();
-      fail_deadlocked();
-    }
+    if (!any) break;
+    if (sweep(order, running)) continue;
+    for (const auto& own : running)
+      if (own) block = own.get();
+    fail_deadlocked();
   }
   block = nullptr;
   thread = nullptr;
