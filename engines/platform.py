@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform as python_platform
+import re
 import shutil
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -52,6 +54,8 @@ class Host:
     """Compiled libraries that are installed: cpu, cuda. Assumed to be for a described host."""
     triton: bool = False
     """Whether triton can be imported."""
+    c_compiler: bool = True
+    """Whether there is one, as triton needs it to launch what it compiles. Assumed of a described host."""
     problems: tuple[str, ...] = ()
     """What stands between this machine and its accelerator, in sentences."""
 
@@ -119,6 +123,7 @@ def probe(price_per_hour: float | None = None) -> Host:
         cpu_dtypes=dtypes,
         extensions=installed_extensions(),
         triton=importlib.util.find_spec("triton") is not None,
+        c_compiler=bool(os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))),
     )
     return _with_accelerator(host) if driver_present() else host
 
@@ -272,20 +277,44 @@ def _with_accelerator(host: Host) -> Host:
         )
         return replace(host, problems=(problem,))
     if not torch.cuda.is_available():
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        reason = f"CUDA_VISIBLE_DEVICES is {visible!r}" if visible is not None else "run nvidia-smi to see why"
-        return replace(host, problems=(f"no CUDA device: torch {torch.__version__} finds none ({reason})",))
+        return replace(host, problems=(_no_device(torch.__version__, torch.version.cuda, _driver_cuda()),))
     free, total = torch.cuda.mem_get_info(0)
+    name = torch.cuda.get_device_name(0)
     return replace(
         host,
         device="cuda",
-        device_name=torch.cuda.get_device_name(0),
-        num_devices=torch.cuda.device_count(),
+        device_name=name,
+        num_devices=sum(torch.cuda.get_device_name(i) == name for i in range(torch.cuda.device_count())),
         compute_capability=torch.cuda.get_device_capability(0),
         memory_bytes=total,
         free_bytes=free,
         cuda=torch.version.cuda,
     )
+
+
+def _driver_cuda() -> str | None:
+    """The CUDA version that the driver supports, as "12.4"; None where nvidia-smi does not say."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return None
+    try:
+        done = subprocess.run([program], capture_output=True, text=True, timeout=30)  # noqa: S603
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    found = re.search(r"CUDA Version:\s*(\d+\.\d+)", done.stdout)
+    return found[1] if found else None
+
+
+def _no_device(torch_version: str, runtime: str, driver: str | None) -> str:
+    """Why torch finds no device although a driver is there. runtime, driver: CUDA versions."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if driver is not None and int(driver.split(".")[0]) < int(runtime.split(".")[0]):
+        return (
+            f"no CUDA device: the driver supports CUDA {driver}, torch {torch_version} was built for {runtime}: update "
+            f"the driver, or install a torch built for CUDA {driver.split('.')[0]}"
+        )
+    reason = f"CUDA_VISIBLE_DEVICES is {visible!r}" if visible is not None else "run nvidia-smi to see why"
+    return f"no CUDA device: torch {torch_version} finds none ({reason})"
 
 
 def measure(host: Host, dtype: str) -> Host:

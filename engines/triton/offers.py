@@ -1,11 +1,11 @@
-"""What the Triton engine offers on a host. Its op set is not part of this version: no op is offered, and it says so."""
+"""What the Triton engine offers on a host: every op of a decoder and of an encoder, for any size of head up to 256."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from engines.api import EngineConfig
-from engines.capability import Allowed, Offer
+from engines.capability import ANYTHING, DENSE_ONLY, YES, Allowed, Offer, one_of
 from engines.discover import names
 from engines.platform import Host, cuda_blockers
 
@@ -16,7 +16,28 @@ class Config(EngineConfig):
 
 
 MINIMUM = (7, 5)
-OPS: dict[str, dict[str, Allowed]] = {}
+DTYPES = one_of("float32", "bfloat16", "float16")
+HEADS = {"dtype": DTYPES, "head_dim": Allowed(ge=1, le=256)}
+OPS: dict[str, dict[str, Allowed]] = {
+    "embedding": {"dtype": DTYPES},
+    "linear": {"dtype": DTYPES, "quantization": DENSE_ONLY},
+    "rms_norm": {"dtype": DTYPES, "weight_offset": YES},
+    "add_rms_norm": {"dtype": DTYPES, "weight_offset": YES},
+    "layer_norm": {"dtype": DTYPES},
+    "rope": {**HEADS, "kind": ANYTHING, "rotary_dim": Allowed(ge=2, le=256, multiple_of=2)},
+    "write_kv": HEADS,
+    "paged_attention": {**HEADS, "group": Allowed(ge=1), "window": YES, "softcap": YES, "sinks": YES},
+    "encoder_attention": HEADS,
+    "act": {"dtype": DTYPES, "activation": one_of("silu", "gelu", "gelu_tanh", "relu")},
+    "act_and_mul": {"dtype": DTYPES, "activation": one_of("silu", "gelu", "gelu_tanh", "relu", "swiglu_oai")},
+    "softcap": {},
+    "sample": {},
+    "apply_penalties": {},
+    "log_softmax_gather": {},
+    "top_logprobs": {},
+    "parallelism": {name: one_of(1) for name in ("tp", "dp", "ep")},
+}
+"""linear, embedding and top_logprobs are a call or two of torch's own kernels."""
 
 
 def offers(host: Host) -> Offer:
@@ -25,6 +46,8 @@ def offers(host: Host) -> Offer:
         blockers.append("the triton engine is not part of this version: there is no engines/triton/opset.py")
     elif not host.triton:
         blockers.append("triton is not installed: pip install triton")
+    elif not host.c_compiler and not blockers:
+        blockers.append("no C compiler: triton builds its launchers with one; install gcc, or set CC to another")
     return Offer(
         engine="triton",
         ops=OPS,

@@ -235,6 +235,8 @@ def test_every_combination_has_a_verdict_or_a_named_error(architecture: str, hos
         runnable = architecture != "NobodyForCausalLM" and read and not adapters
         on_cuda = host in ("sm80", "sm90") and dtype != "float32" and native and backend != "cpu"
         on_cuda = on_cuda and quantization != "nameless"
+        on_triton = backend == "auto" and native and quantization == "none" and not adapters
+        on_triton = on_triton and (host[:4] in ("sm80", "sm90") or (host == "sm75" and dtype != "bfloat16"))
         runnable = runnable and (on_cuda or backend != "cuda")
         runnable = runnable and (host != "tiny memory" or architecture == "GPT2LMHeadModel")
         try:
@@ -244,7 +246,7 @@ def test_every_combination_has_a_verdict_or_a_named_error(architecture: str, hos
             check_sentences(str(error), architecture, quantization, host, dtype, adapters, backend)
         else:
             assert runnable
-            assert plan.settings.backend == ("cuda" if on_cuda else "cpu")
+            assert plan.settings.backend == ("cuda" if on_cuda else "triton" if on_triton else "cpu")
             assert plan.settings.implementation == ("transformers" if architecture.startswith("GPT2") else "native")
             assert json.loads(json.dumps(plan.to_dict()))["settings"]["backend"] == plan.settings.backend
 
@@ -462,7 +464,7 @@ def test_engine_settings_out_of_bounds(key: str, value: Any, expected: str) -> N
 
 UNLIKE_DEFAULTS = {
     "dtype": "float16", "max_model_len": 77, "max_num_seqs": 3, "max_num_batched_tokens": 99, "block_size": 64,
-    "kv_cache_bytes": 1 << 20, "kv_memory_fraction": 0.25, "prefix_caching": False,
+    "kv_dtype": "fp8", "kv_cache_bytes": 1 << 20, "kv_memory_fraction": 0.25, "prefix_caching": False,
 }  # fmt: skip
 
 
@@ -654,3 +656,17 @@ def test_a_malformed_host_is_a_configuration_error() -> None:
 def test_this_machine_cannot_be_described() -> None:
     with pytest.raises(ConfigError, match=r"host.memory_gib: 8.0 with host.name=this; expected no description"):
         make_plan(job(host=HostConfig(memory_gib=8.0)))
+
+
+def test_a_quantized_cache_holds_more_and_is_part_of_the_requirements() -> None:
+    plain = resolve(job(), checkpoint(), CPU, "generate")
+    small = resolve(
+        planning(CPU, backend="cpu", backend_config=CpuConfig(kv_dtype="int8")), checkpoint(), CPU, "generate"
+    )
+    size = plain.memory[0].kv_bytes_per_token // 2
+    assert size < small.memory[0].kv_bytes_per_token < size * 1.2
+    assert small.settings.config.kv_dtype == "int8"
+    assert [note for verdict in small.verdicts for note in verdict.notes if note.startswith("quantized_attention")]
+    through = planning(CPU, backend="cpu", backend_config=CpuConfig(kv_dtype="int8"))
+    with pytest.raises(EngineError, match="transformers_model kv_dtype=int8: cpu does not offer it"):
+        resolve(through, checkpoint(architectures=["GPT2LMHeadModel"], n_positions=1024), CPU, "generate", True)

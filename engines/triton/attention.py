@@ -1,0 +1,463 @@
+"""Flash attention (arXiv 2205.14135) over the paged cache, and over plain keys for encoders.
+
+A tile has BLOCK_M rows; a row is one query head of one token, and all heads that read one KV head are packed into the
+rows of a tile, so that each key is read once for the whole group: row r of a sequence is token r / GROUP, head
+r % GROUP of the group. Head dimensions that are no power of two are cut into two that are (80 = 64 + 16, 96 = 64 + 32),
+of which the second is `1` below; what is left over is masked.
+
+Prompts: the keys that all rows of a tile see are multiplied without a mask, only the diagonal and the window's edge
+have one. Decoding sequences: keys are split into parts that depend on the sequence's length alone (splits_of), so that
+a token's bits do not depend on the batch; a second kernel joins the parts by their log-sum-exp (flash decoding).
+
+Legend: D head dimension, D0 and D1 its two parts, GROUP query heads a KV head. Cost for a sequence of n new tokens and
+s in all: 4 n s D num_heads operations (half of it where n = s), 2 s num_kv_heads D b bytes of cache, read once a tile
+of tokens, and 2 n num_heads D b bytes for queries and results.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from engines.batch import Batch
+from engines.ops.kv_cache import KVCache
+from engines.triton.flash import LOG2_E, attend_range, load_rows, store_rows
+from engines.triton.launch import GENERIC, capability, dense_rows, power_of_two
+
+SPLIT = 256
+"""Fewest keys of a part: 64 KiB of keys and values of one head, which hides the start of a program."""
+MAX_SPLITS = 64
+LEAST_SPLIT, MOST_SPLITS = tl.constexpr(SPLIT), tl.constexpr(MAX_SPLITS)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Constants of a launch."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+def prefill_tiles(sm: tuple[int, int], itemsize: int, head_dim: int) -> Tiles:
+    """What fits into the registers and shared memory of a generation: 227 KiB on sm 9.0, 163 on 8.0, 99 on others.
+
+    Warpgroup products of sm 9.0 want 64 rows a warpgroup; float32 has no tensor cores without rounding.
+    """
+    if sm == GENERIC:
+        return Tiles(64, 64, 4, 1)
+    if itemsize == 4 or sm < (8, 0):
+        return Tiles(32, 32, 4, 2)
+    if head_dim > 128:
+        return Tiles(128, 64, 8, 2) if sm[0] == 9 else Tiles(64, 32, 4, 2)
+    if sm[0] in (9, 10):
+        return Tiles(128, 64, 8, 3) if head_dim > 64 else Tiles(128, 128, 8, 3)
+    return Tiles(128, 64, 8, 2) if sm == (8, 0) else Tiles(64, 64, 4, 2)
+
+
+def decode_tiles(sm: tuple[int, int], itemsize: int, head_dim: int, group: int) -> Tiles:
+    """Keys stream through shared memory; more of them in flight where it is large."""
+    block_m = min(64, power_of_two(group, 16))
+    if sm == GENERIC:
+        return Tiles(block_m, 64, 4, 1)
+    if itemsize == 4 or sm < (8, 0):
+        return Tiles(min(block_m, 32), 32, 4, 2)
+    if head_dim > 128:
+        return Tiles(block_m, 32, 4, 2)
+    return Tiles(block_m, 64, 4, 4 if sm[0] in (9, 10) else 2)
+
+
+@triton.jit
+def prefill_kernel(
+    q_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    offsets_ptr: tl.tensor,
+    lens_ptr: tl.tensor,
+    tables_ptr: tl.tensor,
+    sinks_ptr: tl.tensor,
+    num_seqs: tl.tensor,
+    q_token_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    k_block_stride: tl.tensor,
+    v_block_stride: tl.tensor,
+    k_head_stride: tl.tensor,
+    v_head_stride: tl.tensor,
+    k_slot_stride: tl.tensor,
+    v_slot_stride: tl.tensor,
+    table_stride: tl.tensor,
+    window: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    PAGED: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+) -> None:
+    """Grid: [num_tokens * GROUP / BLOCK_M + num_seqs, KV_HEADS]; a tile of one sequence and KV head, the last (longest)
+    tiles first. PAGED is causal and leaves decoding sequences to the kernel for them; otherwise block strides and
+    tables are not used, slots are tokens, and every token sees its whole sequence.
+    """
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
+    # Sequence i's tiles begin at offsets[i] * GROUP / BLOCK_M + i: there is room for the last one, which is not full.
+    seq, above = tl.full([], 0, tl.int32), num_seqs
+    while above - seq > 1:
+        middle = (seq + above) // 2
+        below = tl.load(offsets_ptr + middle) * GROUP // BLOCK_M + middle <= tile
+        seq, above = tl.where(below, middle, seq), tl.where(below, above, middle)
+    begin = tl.load(offsets_ptr + seq)
+    count = tl.load(offsets_ptr + seq + 1) - begin
+    row = (tile - begin * GROUP // BLOCK_M - seq) * BLOCK_M
+    if row >= count * GROUP:
+        return
+    if PAGED and count == 1:
+        return
+    rows = row + tl.arange(0, BLOCK_M)
+    tokens, heads = rows // GROUP, kv_head * GROUP + rows % GROUP
+    inside = tokens < count
+    q_at = (begin + tokens).to(tl.int64) * q_token_stride + heads * q_head_stride
+    q0 = load_rows(q_ptr, q_at, inside, 0, D0, D, True)
+    q1 = q0
+    if D1:
+        q1 = load_rows(q_ptr, q_at, inside, D0, D1, D, True)
+    low, end, before = 0, count, 0
+    if PAGED:
+        before = tl.load(lens_ptr + seq) - count
+        end = before + tl.minimum((row + BLOCK_M - 1) // GROUP, count - 1) + 1
+        k_ptr += kv_head * k_head_stride
+        v_ptr += kv_head * v_head_stride
+        tables_ptr += seq.to(tl.int64) * table_stride
+    else:
+        k_ptr += begin.to(tl.int64) * k_slot_stride + kv_head * k_head_stride
+        v_ptr += begin.to(tl.int64) * v_slot_stride + kv_head * v_head_stride
+    first_position = before + row // GROUP
+    if WINDOW:
+        low = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
+    if SINKS:
+        most = tl.load(sinks_ptr + heads).to(tl.float32) * LOG2_E
+        total = tl.full([BLOCK_M], 1.0, tl.float32)
+    else:
+        most = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_M], tl.float32)
+    acc0, acc1, most, total = attend_range(
+        low, end, first_position, end - 1, most, total, q0, q1, before + tokens, k_ptr, v_ptr, tables_ptr,
+        k_block_stride, v_block_stride, k_slot_stride, v_slot_stride, window, scale, softcap,
+        D, D0, D1, BLOCK_M, BLOCK_N, BLOCK_SIZE, PAGED, WINDOW, SOFTCAP,
+    )  # fmt: skip
+    share = (1.0 / tl.where(inside, total, 1.0))[:, None]
+    out_at = ((begin + tokens).to(tl.int64) * (KV_HEADS * GROUP) + heads) * D
+    store_rows(out_ptr, out_at, inside, acc0 * share, acc1 * share, D, D0, D1)
+
+
+@triton.jit
+def splits_of(length: tl.tensor, window: tl.tensor, WINDOW: tl.constexpr, BLOCK_N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(first key, keys of a part) for the last token of a sequence: as many parts as MOST_SPLITS allows."""
+    low = 0
+    if WINDOW:
+        low = tl.maximum(length - window, 0) // BLOCK_N * BLOCK_N
+    part = tl.maximum(LEAST_SPLIT, tl.cdiv(tl.cdiv(length - low, MOST_SPLITS), BLOCK_N) * BLOCK_N)
+    return low, part
+
+
+@triton.jit
+def decode_kernel(
+    q_ptr: tl.tensor,
+    k_ptr: tl.tensor,
+    v_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    parts_ptr: tl.tensor,
+    sums_ptr: tl.tensor,
+    offsets_ptr: tl.tensor,
+    lens_ptr: tl.tensor,
+    tables_ptr: tl.tensor,
+    sinks_ptr: tl.tensor,
+    q_token_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    k_block_stride: tl.tensor,
+    v_block_stride: tl.tensor,
+    k_head_stride: tl.tensor,
+    v_head_stride: tl.tensor,
+    k_slot_stride: tl.tensor,
+    v_slot_stride: tl.tensor,
+    table_stride: tl.tensor,
+    window: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    D0: tl.constexpr,
+    D1: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
+) -> None:
+    """Grid: [num_seqs, KV_HEADS * cdiv(GROUP, BLOCK_M), splits]; sequences without exactly one new token are left out.
+
+    parts: [num_seqs, num_heads, splits, D] float32, each divided by its own sum; sums: [num_seqs, num_heads, splits]
+    float32, log-sum-exp in base 2. A sequence of a single part is written to out.
+    """
+    seq = tl.program_id(0)
+    tiles = tl.cdiv(GROUP, BLOCK_M)
+    kv_head, tile = tl.program_id(1) // tiles, tl.program_id(1) % tiles
+    split = tl.program_id(2)
+    begin = tl.load(offsets_ptr + seq)
+    if tl.load(offsets_ptr + seq + 1) - begin != 1:
+        return
+    length = tl.load(lens_ptr + seq)
+    low, part = splits_of(length, window, WINDOW, BLOCK_N)
+    first = low + split * part
+    if first >= length:
+        return
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < GROUP
+    heads = kv_head * GROUP + rows
+    q_at = begin.to(tl.int64) * q_token_stride + heads * q_head_stride
+    q0 = load_rows(q_ptr, q_at, inside, 0, D0, D, True)
+    q1 = q0
+    if D1:
+        q1 = load_rows(q_ptr, q_at, inside, D0, D1, D, True)
+    most = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if SINKS:  # noqa: SIM102 (a constant, and a number of the device)
+        if split == 0:
+            most = tl.load(sinks_ptr + heads, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+            total += 1.0
+    acc0, acc1, most, total = attend_range(
+        first, tl.minimum(first + part, length), length - 1, length - 1, most, total, q0, q1, length - 1 + rows * 0,
+        k_ptr + kv_head * k_head_stride, v_ptr + kv_head * v_head_stride,
+        tables_ptr + seq.to(tl.int64) * table_stride, k_block_stride, v_block_stride, k_slot_stride, v_slot_stride,
+        window, scale, softcap, D, D0, D1, BLOCK_M, BLOCK_N, BLOCK_SIZE, True, WINDOW, SOFTCAP,
+    )  # fmt: skip
+    share = (1.0 / total)[:, None]
+    if length - low <= part:
+        out_at = (begin.to(tl.int64) * (KV_HEADS * GROUP) + heads) * D
+        store_rows(out_ptr, out_at, inside, acc0 * share, acc1 * share, D, D0, D1)
+    else:
+        at = (seq.to(tl.int64) * (KV_HEADS * GROUP) + heads) * tl.num_programs(2) + split
+        store_rows(parts_ptr, at * D, inside, acc0 * share, acc1 * share, D, D0, D1)
+        tl.store(sums_ptr + at, most + tl.log2(total), mask=inside)
+
+
+@triton.jit
+def join_kernel(
+    parts_ptr: tl.tensor,
+    sums_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    offsets_ptr: tl.tensor,
+    lens_ptr: tl.tensor,
+    window: tl.tensor,
+    splits: tl.tensor,
+    D: tl.constexpr,
+    D_BLOCK: tl.constexpr,
+    S_BLOCK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr,
+) -> None:
+    """Grid: [num_seqs, num_heads]: parts weighted by their share of the whole sum. S_BLOCK: at least splits."""
+    seq, head = tl.program_id(0), tl.program_id(1)
+    begin = tl.load(offsets_ptr + seq)
+    if tl.load(offsets_ptr + seq + 1) - begin != 1:
+        return
+    length = tl.load(lens_ptr + seq)
+    low, part = splits_of(length, window, WINDOW, BLOCK_N)
+    if length - low <= part:
+        return
+    each, columns = tl.arange(0, S_BLOCK), tl.arange(0, D_BLOCK)
+    there = each < tl.cdiv(length - low, part)
+    at = (seq.to(tl.int64) * tl.num_programs(1) + head) * splits + each
+    sums = tl.load(sums_ptr + at, mask=there, other=float("-inf"))
+    shares = tl.exp2(sums - tl.max(sums, 0))
+    shares = shares / tl.sum(shares, 0)
+    values = tl.load(
+        parts_ptr + at[:, None] * D + columns[None, :], mask=there[:, None] & (columns < D)[None, :], other=0.0
+    )
+    result = tl.sum(values * shares[:, None], 0)
+    to = out_ptr + (begin.to(tl.int64) * tl.num_programs(1) + head) * D + columns
+    tl.store(to, result.to(out_ptr.dtype.element_ty), mask=columns < D)
+
+
+def halves(head_dim: int) -> tuple[int, int]:
+    """Two powers of two, each at least 16 or the second 0, that together cover a head."""
+    first = 16
+    while first * 2 <= head_dim:
+        first *= 2
+    return first, power_of_two(head_dim - first, 16) if head_dim > first else 0
+
+
+def num_splits(max_seqlen: int) -> int:
+    """Parts of the longest sequence: the extent of the grid, which may be larger than any sequence needs."""
+    return max(1, min(MAX_SPLITS, -(-max_seqlen // SPLIT)))
+
+
+def paged_attention(
+    q: Tensor,
+    cache: KVCache,
+    batch: Batch,
+    softmax_scale: float,
+    window_size: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """As the reference; products and sums in float32, weights rounded to the cache's dtype before they multiply.
+
+    A token's bits do not depend on the batch around it, nor on where its prompt was cut; but the one token of a
+    decoding sequence is summed in another order than it would be as the last one of a longer piece of prompt.
+    """
+    assert batch.block_tables is not None
+    q = dense_rows(q)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if not q.shape[0]:
+        return out
+    if batch.max_seqlen_q > 1:
+        _prefill(q, cache.k, cache.v, out, batch, cache, softmax_scale, window_size, softcap, sinks)
+    if batch.max_seqlen_q == 1 or batch.num_seqs > 1:
+        _decode(q, cache, out, batch, softmax_scale, window_size, softcap, sinks)
+    return out
+
+
+def encoder_attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, softmax_scale: float) -> Tensor:
+    """As the reference, by the kernel for prompts."""
+    q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if q.shape[0]:
+        _prefill(q, k, v, out, batch, None, softmax_scale, 0, 0.0, None)
+    return out
+
+
+def _prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    batch: Batch,
+    cache: KVCache | None,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> None:
+    """cache: None for plain keys, [num_tokens, num_heads, head_dim] as q."""
+    num_heads, head_dim = q.shape[1:]
+    group = num_heads // k.shape[1]
+    tiles = prefill_tiles(capability(q.device), q.element_size(), head_dim)
+    slot, head = (2, 1) if cache is not None else (0, 1)
+    first, second = halves(head_dim)
+    prefill_kernel[(q.shape[0] * group // tiles.block_m + batch.num_seqs, k.shape[1])](
+        q,
+        k,
+        v,
+        out,
+        batch.cu_seqlens_q,
+        batch.seq_lens,
+        batch.block_tables,
+        sinks,
+        batch.num_seqs,
+        *q.stride()[:2],
+        k.stride(0),
+        v.stride(0),
+        k.stride(head),
+        v.stride(head),
+        k.stride(slot),
+        v.stride(slot),
+        0 if batch.block_tables is None else batch.block_tables.stride(0),
+        window,
+        scale,
+        softcap,
+        KV_HEADS=k.shape[1],
+        GROUP=group,
+        D=head_dim,
+        D0=first,
+        D1=second,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        BLOCK_SIZE=1 if cache is None else cache.block_size,
+        PAGED=cache is not None,
+        WINDOW=window > 0,
+        SOFTCAP=softcap > 0,
+        SINKS=sinks is not None,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+
+
+def _decode(
+    q: Tensor,
+    cache: KVCache,
+    out: Tensor,
+    batch: Batch,
+    scale: float,
+    window: int,
+    softcap: float,
+    sinks: Tensor | None,
+) -> None:
+    assert batch.block_tables is not None
+    num_heads, head_dim = q.shape[1:]
+    kv_heads = cache.k.shape[1]
+    group = num_heads // kv_heads
+    tiles = decode_tiles(capability(q.device), q.element_size(), head_dim, group)
+    splits = num_splits(min(batch.max_seqlen_k, window + tiles.block_n) if window else batch.max_seqlen_k)
+    seqs = batch.num_seqs if splits > 1 else 0
+    parts = torch.empty((seqs, num_heads, splits, head_dim), dtype=torch.float32, device=q.device)
+    sums = torch.empty((seqs, num_heads, splits), dtype=torch.float32, device=q.device)
+    first, second = halves(head_dim)
+    decode_kernel[(batch.num_seqs, kv_heads * triton.cdiv(group, tiles.block_m), splits)](
+        q,
+        cache.k,
+        cache.v,
+        out,
+        parts,
+        sums,
+        batch.cu_seqlens_q,
+        batch.seq_lens,
+        batch.block_tables,
+        sinks,
+        *q.stride()[:2],
+        cache.k.stride(0),
+        cache.v.stride(0),
+        cache.k.stride(1),
+        cache.v.stride(1),
+        cache.k.stride(2),
+        cache.v.stride(2),
+        batch.block_tables.stride(0),
+        window,
+        scale,
+        softcap,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        D=head_dim,
+        D0=first,
+        D1=second,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        BLOCK_SIZE=cache.block_size,
+        WINDOW=window > 0,
+        SOFTCAP=softcap > 0,
+        SINKS=sinks is not None,
+        num_warps=tiles.num_warps,
+        num_stages=tiles.num_stages,
+    )
+    if splits > 1:
+        join_kernel[(batch.num_seqs, num_heads)](
+            parts, sums, out, batch.cu_seqlens_q, batch.seq_lens, window, splits,
+            D=head_dim, D_BLOCK=power_of_two(head_dim), S_BLOCK=power_of_two(splits, 2), BLOCK_N=tiles.block_n,
+            WINDOW=window > 0, num_warps=4,
+        )  # fmt: skip

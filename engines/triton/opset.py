@@ -1,0 +1,26 @@
+"""The ops of the Triton engine: a kernel for each, but for those that are a call of torch's own: products, look-ups,
+and the most probable tokens.
+"""
+
+from __future__ import annotations
+
+from engines import ops
+from engines.triton import activation, attention, kv_cache, norm, rotary, sampling
+
+
+class OpSet(ops.OpSet):
+    """On any device that Triton compiles for, and on the processor under TRITON_INTERPRET=1."""
+
+    rms_norm = staticmethod(norm.rms_norm)
+    add_rms_norm = staticmethod(norm.add_rms_norm)
+    layer_norm = staticmethod(norm.layer_norm)
+    rope = staticmethod(rotary.rope)
+    write_kv = staticmethod(kv_cache.write_kv)
+    paged_attention = staticmethod(attention.paged_attention)
+    encoder_attention = staticmethod(attention.encoder_attention)
+    act = staticmethod(activation.act)
+    act_and_mul = staticmethod(activation.act_and_mul)
+    softcap = staticmethod(activation.softcap)
+    sample = staticmethod(sampling.sample)
+    apply_penalties = staticmethod(sampling.apply_penalties)
+    log_softmax_gather = staticmethod(sampling.log_softmax_gather)

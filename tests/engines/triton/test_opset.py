@@ -1,0 +1,82 @@
+"""Every Triton kernel against the reference in float64, under the interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engines.ops import OpSet as Reference
+from engines.ops import origin
+from engines.triton.opset import OpSet
+from tests import attention_cases
+from tests.cases import FLOATS, Case, call, cases, convert
+from tests.compare import assert_as_exact, assert_bitwise_equal
+
+CASES = [case for case in cases() if origin(OpSet(), case.op) != "reference"]
+FAST = [(case, dtype) for case in CASES if case.op != "paged_attention" for dtype in case.dtypes]
+ATTENTION = [(case, dtype) for case in CASES if case.op == "paged_attention" for dtype in FLOATS]
+NAMES = [case.name for case in attention_cases.PLAIN]
+"""Those in larger blocks run the same code with another constant."""
+# Each case in one dtype; all of them in all take minutes.
+SOME = [(case, dtype) for i, (case, dtype) in enumerate(ATTENTION) if i // 3 % 3 == i % 3 and case.name in NAMES]
+REST = [pair for pair in ATTENTION if pair not in SOME]
+
+
+def named(value: object) -> str:
+    return str(value).removeprefix("torch.")
+
+
+def check(ops: Reference, case: Case, dtype: torch.dtype) -> None:
+    arguments = case.arguments(dtype)
+    exact = call(Reference(), case, convert(arguments, torch.float64))
+    found, plain = call(ops, case, arguments), call(Reference(), case, arguments)
+    for results in zip(found, exact, plain, strict=True):
+        assert_as_exact(*results)
+
+
+@pytest.mark.parametrize(("case", "dtype"), FAST + SOME, ids=named)
+def test_as_exact_as_the_reference(ops: Reference, case: Case, dtype: torch.dtype) -> None:
+    check(ops, case, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "dtype"), REST, ids=named)
+def test_attention_in_every_dtype(ops: Reference, case: Case, dtype: torch.dtype) -> None:
+    check(ops, case, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=named)
+def test_bits_of_a_decoding_sequence_do_not_depend_on_the_batch(ops: Reference, dtype: torch.dtype) -> None:
+    """Alone, its grid has two parts; beside a longer one, three."""
+    own = attention_cases.Case("two", lens=(300, 700), new=(1, 1), num_heads=4, num_kv_heads=2)
+    given = attention_cases.make(own, dtype)
+    together = ops.paged_attention(given.q, given.cache, given.batch, 0.2)
+    batch = given.batch
+    alone = type(batch)(
+        batch.token_ids[:1], batch.positions[:1], batch.cu_seqlens_q[:2], batch.seq_lens[:1], 1, 300,
+        block_tables=batch.block_tables[:1] if batch.block_tables is not None else None,
+    )  # fmt: skip
+    assert_bitwise_equal(ops.paged_attention(given.q[:1], given.cache, alone, 0.2), together[:1])
+
+
+def test_bits_do_not_depend_on_where_a_prompt_is_cut(ops: Reference) -> None:
+    whole = attention_cases.Case("whole", lens=(150,), new=(150,), num_heads=4, num_kv_heads=2)
+    given = attention_cases.make(whole, torch.bfloat16)
+    batch = given.batch
+    expected = ops.paged_attention(given.q, given.cache, batch, 0.2)
+    rest = type(batch)(
+        batch.token_ids[70:], batch.positions[70:], torch.tensor([0, 80], dtype=torch.int32), batch.seq_lens, 80, 150,
+        block_tables=batch.block_tables,
+    )  # fmt: skip
+    assert_bitwise_equal(ops.paged_attention(given.q[70:], given.cache, rest, 0.2), expected[70:])
+
+
+def test_tokens_without_a_slot_or_an_angle_are_left_alone(ops: Reference) -> None:
+    """As padding in a captured graph has it."""
+    cache = ops.allocate_kv_cache(2, 4, 1, 16, torch.float32, torch.device("cpu"))
+    cache.k.fill_(7.0)
+    ones = torch.ones(2, 1, 16)
+    ops.write_kv(ones, ones, cache, torch.tensor([-1, 8]))
+    assert bool((cache.k == 7.0).all())
+    ops.rope(ones, ones.clone(), torch.tensor([-1, 5]), torch.zeros(5, 16))
+    assert bool((ones == 1.0).all())
