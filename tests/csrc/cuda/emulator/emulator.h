@@ -2,8 +2,8 @@
 // barriers, shuffles and asynchronous copies have on the GPU.
 //
 // What is unspecified there varies here, so that a result that depends on it shows:
-//   EMULATOR_ORDER  forward, reverse, random:<seed> (threads resume in this order), warp:<seed> (one warp runs as far as
-//                   it can before another one moves); blocks run in this order too
+//   EMULATOR_ORDER  forward, reverse, random:<seed> (threads resume in this order), warp:<seed> (warps run as far as they
+//                   can, and most of them wait meanwhile); blocks run in this order too
 //   EMULATOR_COPIES late (an asynchronous copy lands when it is waited for), early (at once)
 // Shared memory has exactly the size that was launched with, on the heap, and starts as NaN. A barrier that not all
 // threads reach ends the process with the name of what they wait for.
@@ -195,6 +195,8 @@ class Order {
     }
   }
   bool warps_run_ahead() const { return name_ == "warp"; }
+  // Whether a thread or warp loses its turn, so that others get far ahead of it.
+  bool passes_over() { return warps_run_ahead() && random_() % 4 != 0; }
   std::vector<int> of(int count) {
     std::vector<int> order(count);
     std::iota(order.begin(), order.end(), 0);
@@ -236,8 +238,9 @@ inline bool resume(int number) {
 
 using Running = std::vector<std::unique_ptr<Block>>;
 
-// One turn for every thread, or for every warp as far as it can go. Whether anything happened.
-inline bool sweep(Order& order, const Running& running) {
+// A turn for every thread, or for every warp as far as it can go; in the order `warp`, unless it is for `all`, only for some
+// of them. Whether anything happened.
+inline bool sweep(Order& order, const Running& running, bool all) {
   const int step = order.warps_run_ahead() ? 32 : 1;
   std::vector<std::pair<Block*, int>> units;
   uint64_t before = 0, after = 0;
@@ -247,6 +250,7 @@ inline bool sweep(Order& order, const Running& running) {
     for (int i = 0; i < static_cast<int>(own->threads.size()); i += step) units.emplace_back(own.get(), i);
   }
   for (int at : order.of(static_cast<int>(units.size()))) {
+    if (!all && order.passes_over()) continue;
     block = units[at].first;
     const int first = units[at].second, end = std::min(first + step, static_cast<int>(block->threads.size()));
     for (bool moved = true; moved;) {
@@ -303,7 +307,7 @@ inline void launch(std::function<void()> kernel, dim3 grid, dim3 size, size_t dy
       any |= running[slot] != nullptr;
     }
     if (!any) break;
-    if (sweep(order, running)) continue;
+    if (sweep(order, running, false) || sweep(order, running, true)) continue;
     for (const auto& own : running)
       if (own) block = own.get();
     fail_deadlocked();
