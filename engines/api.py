@@ -138,6 +138,9 @@ class EngineConfig:
     """New tokens computed in one step, prefill and decode together; long prompts are split to fit (chunked prefill)."""
     block_size: int = bounded(32, power_of_two=True)
     """Tokens in a block of the KV cache; a power of two."""
+    kv_dtype: str = bounded("auto", choices=("auto", "int8", "int4", "fp8"))
+    """How the cache holds keys and values; auto: in the compute dtype. int8 and fp8 hold twice as much as bfloat16 in
+    the same memory, int4 almost four times as much; results change, with int4 visibly."""
     kv_cache_bytes: int | None = bounded(None, ge=1)
     """Size of the KV cache; null: `kv_memory_fraction` of what is free once the weights are loaded."""
     kv_memory_fraction: float = bounded(0.5, gt=0, le=1)

@@ -127,12 +127,19 @@ def weight_bytes(spec: ModelSpec, dtype: str) -> int:
     return num_parameters(spec) * DTYPE_BYTES[dtype]
 
 
-def kv_bytes_per_token(spec: ModelSpec, dtype: str) -> int:
+def kv_bytes_per_token(spec: ModelSpec, dtype: str, kv_dtype: str = "auto") -> int:
     """Keys and values of one token in all layers; 0 for encoders, which keep none."""
     if isinstance(spec, EncoderSpec):
         return 0
     vectors = 1 if spec.mla else 2 * spec.num_key_value_heads
-    return spec.num_hidden_layers * vectors * spec.head_dim * DTYPE_BYTES[dtype]
+    return spec.num_hidden_layers * vectors * kv_vector_bytes(spec.head_dim, dtype, kv_dtype)
+
+
+def kv_vector_bytes(head_dim: int, dtype: str, kv_dtype: str) -> int:
+    """One head's key or value of one token, with the scale (and offset) that it has in 8 or 4 bits."""
+    if kv_dtype == "auto":
+        return head_dim * DTYPE_BYTES[dtype]
+    return {"int8": head_dim + 8, "int4": -(-head_dim // 2) + 8, "fp8": head_dim + 4}[kv_dtype]
 
 
 def activation_bytes(spec: ModelSpec, dtype: str, num_tokens: int, num_outputs: int) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from engines import platform
+from engines import costs, platform
 from engines.api import EngineConfig, EngineSettings
 from engines.core.engine import LLMEngine
 from engines.models.base import Model
@@ -33,7 +33,7 @@ def load_engine(settings: EngineSettings, detokenize: Callable[[Sequence[int]], 
             model,
             ops,
             settings.config,
-            num_blocks(model, settings.config, dtype),
+            num_blocks(model, settings.config, dtype, free_bytes(device)),
             dtype,
             device,
             settings.eos_token_ids,
@@ -43,16 +43,21 @@ def load_engine(settings: EngineSettings, detokenize: Callable[[Sequence[int]], 
         )
 
 
-def num_blocks(model: Model, config: EngineConfig, dtype: torch.dtype) -> int:
+def free_bytes(device: torch.device) -> int:
+    """Memory that is free now, with the weights loaded."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else platform.free_memory_bytes()
+
+
+def num_blocks(model: Model, config: EngineConfig, dtype: torch.dtype, free: int) -> int:
     """Blocks of KV cache: as many as kv_cache_bytes or the share of free memory holds, no more than can be in use."""
     if not model.paged or not model.num_cache_layers:
         return 0
     vectors = 1 if model.latent_rank else 2 * model.num_kv_heads
-    values = model.num_cache_layers * vectors * model.head_dim
-    block_bytes = values * config.block_size * dtype.itemsize
+    vector_bytes = costs.kv_vector_bytes(model.head_dim, str(dtype).removeprefix("torch."), config.kv_dtype)
+    block_bytes = model.num_cache_layers * vectors * vector_bytes * config.block_size
     length = min(config.max_model_len or model.max_model_len, model.max_model_len)
     most = config.max_num_seqs * -(-length // config.block_size)
-    size = config.kv_cache_bytes or int(config.kv_memory_fraction * platform.free_memory_bytes())
+    size = config.kv_cache_bytes or int(config.kv_memory_fraction * free)
     count = min(size // block_bytes, most)
     if count < 1:
         raise MemoryError(

@@ -30,6 +30,7 @@ def fingerprint(job: JobConfig, settings: EngineSettings, model_digest: str) -> 
         "dtype": settings.dtype,
         "max_model_len": settings.config.max_model_len,
         "block_size": settings.config.block_size,
+        "kv_dtype": settings.config.kv_dtype,
         "numerics": settings.numerics,
         "parallelism.tp": job.parallelism.tp,
         "pooling": settings.pooling,

@@ -81,7 +81,7 @@ def memory_of(
         device, total, free = host.device_name or host.device, host.memory_bytes, host.free_bytes
     length = config.max_model_len or 0
     weights = weight_bytes(checkpoint, spec, dtype, dequantized) // tp
-    per_token = costs.kv_bytes_per_token(spec, dtype) // tp if spec else 0
+    per_token = costs.kv_bytes_per_token(spec, dtype, config.kv_dtype) // tp if spec else 0
     tokens = max(config.max_num_batched_tokens, config.max_num_seqs)
     activations = costs.activation_bytes(spec, dtype, tokens, config.max_num_seqs) if spec else 0
     kv = config.kv_cache_bytes or int(config.kv_memory_fraction * max(free - weights - activations, 0))

@@ -350,13 +350,15 @@ def check_config(config: EngineConfig) -> None:
 
 def needs(job: JobConfig, checkpoint: Checkpoint, spec: ModelSpec | None, dtype: str, kind: Kind) -> list[Requirement]:
     """All that a job requires of an engine: the model's ops, and what the job adds to them."""
+    kv_dtype = job.backend_config.kv_dtype
     quantization = quantization_attributes(checkpoint.quantization)
     spread = {key: getattr(job.parallelism, key) for key in ("tp", "dp", "ep")}
     needed = [Requirement("parallelism", {key: value for key, value in spread.items() if value > 1})]
     if spec is None:
-        needed.append(Requirement("transformers_model", {"dtype": dtype, **quantization}))
+        kept = {} if kv_dtype == "auto" else {"kv_dtype": kv_dtype}
+        needed.append(Requirement("transformers_model", {"dtype": dtype, **quantization, **kept}))
         return needed + ([Requirement("lora", {"dtype": dtype})] if job.model.adapters else [])
-    return needed + requirements(spec, dtype, kind, quantization, adapters=bool(job.model.adapters))
+    return needed + requirements(spec, dtype, kind, quantization, adapters=bool(job.model.adapters), kv_dtype=kv_dtype)
 
 
 def _verdict(

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from engines.batch import Batch
 from engines.ops import OpSet
-from engines.ops.kv_cache import KVCache, LatentCache
+from engines.ops.kv_cache import (
+    KVCache,
+    LatentCache,
+    QuantizedKVCache,
+    allocate_quantized_kv_cache,
+    quantize_vectors,
+)
 from engines.ops.moe import Projection
 from engines.ops.quantized import Float8Weight, GroupedIntWeight, Int8Weight, MXFP4Weight, QuantizedWeight
 from engines.ops.sampling import SamplingBatch
@@ -76,6 +82,9 @@ def tensors(value: Any) -> Iterator[Tensor]:
         yield value
     elif isinstance(value, KVCache):
         yield from (value.k, value.v)
+    elif isinstance(value, QuantizedKVCache):
+        codes = (t if t.dtype == torch.uint8 else t.double() for t in (value.k, value.v))
+        yield from (*codes, value.k_scales, value.v_scales)
     elif isinstance(value, LatentCache):
         yield value.data
 
@@ -89,8 +98,8 @@ def numbers(*shape: int, dtype: torch.dtype, seed: int = 0, stretch: float = 1.0
 
 def cases() -> tuple[Case, ...]:
     makers = (
-        norms, activations, rotations, cache_writes, attentions, latents, encoders, products, quantized_products,
-        experts, choices,
+        norms, activations, rotations, cache_writes, attentions, quantized_caches, latents, encoders, products,
+        quantized_products, experts, choices,
     )  # fmt: skip
     return tuple(itertools.chain.from_iterable(make() for make in makers))
 
@@ -114,7 +123,12 @@ def norms() -> Iterator[Case]:
             weight, bias = (numbers(size, dtype=dtype, seed=i).contiguous() for i in (1, 2))
             return numbers(rows, size, dtype=dtype, stretch=3.0), weight, bias, 1e-5
 
+        def sum_layer(dtype: torch.dtype, layer: Callable[..., tuple[Any, ...]] = layer) -> tuple[Any, ...]:
+            given = layer(dtype)
+            return *given, numbers(*given[0].shape, dtype=dtype, seed=3)
+
         yield Case("layer_norm", f"{rows}x{size}", layer, {})
+        yield Case("layer_norm", f"sum {rows}x{size}", sum_layer, {})
 
     def heads(dtype: torch.dtype) -> tuple[Tensor, ...]:
         return numbers(5, 3, 80, dtype=dtype), numbers(80, dtype=dtype, seed=1).contiguous()
@@ -175,6 +189,42 @@ def attentions() -> Iterator[Case]:
         yield Case("paged_attention", case.name, make, case.options())
 
 
+QUANTIZED = [c for c in attention_cases.CASES if c.name in ("ragged", "nothing", "head 33", "window, softcap, sinks")]
+QUANTIZED += [c for c in attention_cases.CASES if c.name in ("decode", "shared prefix", "group of 7")]
+
+
+def quantized_caches() -> Iterator[Case]:
+    for kv_dtype in ("int8", "int4", "fp8"):
+        for case in QUANTIZED:
+
+            def attend(
+                dtype: torch.dtype, case: attention_cases.Case = case, kv_dtype: Any = kv_dtype
+            ) -> tuple[Any, ...]:
+                given = attention_cases.make(case, dtype)
+                k, k_scales = quantize_vectors(given.cache.k, kv_dtype)
+                v, v_scales = quantize_vectors(given.cache.v, kv_dtype)
+                cache = QuantizedKVCache(kv_dtype, case.head_dim, k, v, k_scales, v_scales)
+                return given.q, cache, given.batch, SCALE
+
+            yield Case("quantized_attention", f"{kv_dtype} {case.name}", attend, case.options())
+        for rows, size in ((0, 20), (1, 33), (77, 64)):
+
+            def write(
+                dtype: torch.dtype, rows: int = rows, size: int = size, kv_dtype: Any = kv_dtype
+            ) -> tuple[Any, ...]:
+                k, v = (numbers(rows, 3 * size, dtype=dtype, seed=i).unflatten(1, (3, size)) for i in (0, 1))
+                if rows:
+                    k[0], v[-1] = 0.0, 1000.0  # no range
+                cache = allocate_quantized_kv_cache(40, 8, 3, size, kv_dtype, torch.device("cpu"))
+                for codes, scales in ((cache.k, cache.k_scales), (cache.v, cache.v_scales)):
+                    codes.zero_()
+                    scales.fill_(float("nan"))
+                slots = torch.randperm(40 * 8, generator=torch.Generator().manual_seed(1))[:rows]
+                return k, v, cache, slots
+
+            yield Case("write_quantized_kv", f"{kv_dtype} {rows}x{size}", write, {}, modifies=(2,))
+
+
 LATENTS = (
     attention_cases.Case("ragged", num_heads=5, num_kv_heads=1, head_dim=40),
     attention_cases.Case("decode", **attention_cases.DECODE, num_heads=16, num_kv_heads=1, head_dim=72),
@@ -215,7 +265,8 @@ def latents() -> Iterator[Case]:
 
 
 def encoders() -> Iterator[Case]:
-    for lens, heads, head_dim in (((5, 0, 1, 130), 3, 32), ((1,), 1, 64), ((33, 64), 2, 7), ((), 2, 8)):
+    shapes = (((5, 0, 1, 130), 3, 32), ((1,), 1, 64), ((33, 64), 2, 7), ((), 2, 8), ((16, 17, 300, 15), 5, 96))
+    for lens, heads, head_dim in shapes:
 
         def make(
             dtype: torch.dtype, lens: tuple[int, ...] = lens, heads: int = heads, size: int = head_dim

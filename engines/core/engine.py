@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 from collections.abc import Sequence as Many
+from typing import cast
 
 import torch
 
@@ -18,6 +19,7 @@ from engines.core.scheduler import Scheduled, Scheduler
 from engines.core.sequence import Sequence
 from engines.models.base import Model
 from engines.ops import OpSet
+from engines.ops.kv_cache import KVDtype
 
 log = logging.getLogger(__name__)
 NO_SAMPLING = SamplingParams(max_tokens=0)
@@ -44,7 +46,8 @@ class LLMEngine:
         """num_blocks: size of the KV cache; not used by models without one."""
         self.model = model
         self.max_model_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
-        self.runner = ModelRunner(model, ops, num_blocks, config.block_size, dtype, device)
+        kv_dtype = None if config.kv_dtype == "auto" else cast(KVDtype, config.kv_dtype)
+        self.runner = ModelRunner(model, ops, num_blocks, config.block_size, dtype, device, kv_dtype)
         self.blocks = BlockManager(num_blocks) if self.runner.paged else None
         self.scheduler = Scheduler(
             self.blocks,

@@ -8,20 +8,39 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engines.api import UnsupportedModelError
 from engines.batch import Batch, PrefixGroup
 from engines.core.scheduler import Scheduled
 from engines.models.base import Cache, Model
 from engines.ops import OpSet
+from engines.ops.kv_cache import KVDtype
 
 MIN_GROUP_SEQS = 4
 MIN_GROUP_BLOCKS = 2
 
 
 def allocate_caches(
-    model: Model, ops: OpSet, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+    model: Model,
+    ops: OpSet,
+    num_blocks: int,
+    block_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    kv_dtype: KVDtype | None = None,
 ) -> list[Cache]:
-    """One cache a layer, of the kind that the model's attention works on."""
+    """One cache a layer, of the kind that the model's attention works on. kv_dtype: None for `dtype`.
+
+    Raises UnsupportedModelError for a kv_dtype and a model whose cache has no such form.
+    """
     layers = range(model.num_cache_layers)
+    if kv_dtype is not None:
+        if model.latent_rank or model.spec is None:
+            raise UnsupportedModelError(
+                f"backend_config.kv_dtype: {kv_dtype}; expected auto for latent attention and for models that run "
+                "through transformers; set it so"
+            )
+        shape = (model.num_kv_heads, model.head_dim)
+        return [ops.allocate_quantized_kv_cache(num_blocks, block_size, *shape, kv_dtype, device) for _ in layers]
     if model.latent_rank:
         sizes = (model.latent_rank, model.head_dim - model.latent_rank)
         return [ops.allocate_latent_cache(num_blocks, block_size, *sizes, dtype, device) for _ in layers]
@@ -33,13 +52,21 @@ class ModelRunner:
     """A model, its caches and the batches made for it."""
 
     def __init__(
-        self, model: Model, ops: OpSet, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        model: Model,
+        ops: OpSet,
+        num_blocks: int,
+        block_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        kv_dtype: KVDtype | None = None,
     ) -> None:
         self.model = model
         self.block_size = block_size
         self.device = device
         self.paged = model.paged and model.num_cache_layers > 0
-        self.caches = allocate_caches(model, ops, num_blocks, block_size, dtype, device) if self.paged else []
+        where = (ops, num_blocks, block_size, dtype, device)
+        self.caches = allocate_caches(model, *where, kv_dtype) if self.paged else []
         # A window may hide part of a shared beginning from some of the sequences; without a spec that is not known.
         windows = getattr(model.spec, "windows", (1,))
         self.groups_prefixes = self.paged and not any(windows)

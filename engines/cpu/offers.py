@@ -34,6 +34,8 @@ QUANTIZED: dict[str, Allowed] = {
     "weight_block_size": ANYTHING,
 }
 HEADS = {"dtype": DTYPES, "head_dim": ANYTHING}
+ATTENTION = {**HEADS, "group": ANYTHING, "window": YES, "softcap": YES, "sinks": YES}
+KV_DTYPES = one_of("int8", "int4", "fp8")
 LATENT = {"dtype": DTYPES, "kv_lora_rank": ANYTHING, "rope_dim": ANYTHING}
 OPS: dict[str, dict[str, Allowed]] = {
     "embedding": {"dtype": DTYPES},
@@ -45,7 +47,9 @@ OPS: dict[str, dict[str, Allowed]] = {
     "layer_norm": {"dtype": DTYPES},
     "rope": {**HEADS, "kind": ANYTHING, "rotary_dim": ANYTHING},
     "write_kv": HEADS,
-    "paged_attention": {**HEADS, "group": ANYTHING, "window": YES, "softcap": YES, "sinks": YES},
+    "paged_attention": ATTENTION,
+    "write_quantized_kv": {**HEADS, "kv_dtype": KV_DTYPES},
+    "quantized_attention": {**ATTENTION, "kv_dtype": KV_DTYPES},
     "write_latent": LATENT,
     "latent_attention": LATENT,
     "head_linear": {"dtype": DTYPES},
@@ -61,8 +65,15 @@ OPS: dict[str, dict[str, Allowed]] = {
     "transformers_model": {"dtype": DTYPES, "quantization": DENSE_ONLY},
 }
 
-COMPILED = frozenset({"paged_attention", "rms_norm", "add_rms_norm", "rope", "write_kv", "act_and_mul"})
+COMPILED = frozenset(
+    {
+        *("paged_attention", "encoder_attention", "rope", "write_kv"),
+        *("rms_norm", "add_rms_norm", "layer_norm", "act", "act_and_mul"),
+    }
+)
 """Ops of the compiled library; without it they are the slower ones of torch, and the plan says so."""
+PLAIN_TORCH = frozenset({"write_quantized_kv", "quantized_attention", "write_latent", "latent_attention"})
+"""Ops that no library compiles: right, and slower than they could be."""
 
 
 def offers(host: Host) -> Offer:
@@ -71,6 +82,6 @@ def offers(host: Host) -> Offer:
         engine="cpu",
         ops=OPS,
         dequantized=frozenset(WEIGHTS) - {"w8a8"},
-        reference=frozenset() if built else COMPILED,
+        reference=PLAIN_TORCH if built else PLAIN_TORCH | COMPILED,
         notes=() if built else ("compiled CPU library absent: reinstall with a C++20 compiler on PATH",),
     )

@@ -10,7 +10,7 @@ from engines.layers.norm import RMSNorm
 from engines.layers.rotary import Rotation
 from engines.models.spec import DecoderSpec, EncoderSpec
 from engines.ops import OpSet
-from engines.ops.kv_cache import KVCache
+from engines.ops.kv_cache import KVCache, QuantizedKVCache
 from engines.weights import LinearSource, Weights
 
 
@@ -37,7 +37,7 @@ class Attention:
             for which in (("q_norm", "k_norm") if spec.qk_norm else ())
         ]
 
-    def forward(self, x: Tensor, batch: Batch, cache: KVCache, rotation: Rotation) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch, cache: KVCache | QuantizedKVCache, rotation: Rotation) -> Tensor:
         """x: [num_tokens, hidden_size]; returns the same shape. Modifies cache."""
         heads = [part.unflatten(1, (-1, self.head_dim)) for part in self.qkv_proj.forward(x).split(self.sizes, dim=1)]
         q, k, v = heads
@@ -45,8 +45,13 @@ class Attention:
             q, k = (norm.forward(part) for norm, part in zip(self.norms, (q, k), strict=True))
         self.ops.rope(q, k, rotation.positions, rotation.cos_sin)
         assert batch.slot_mapping is not None
-        self.ops.write_kv(k, v, cache, batch.slot_mapping)
-        out = self.ops.paged_attention(q, cache, batch, self.softmax_scale, self.window, self.softcap, self.sinks)
+        options = (self.softmax_scale, self.window, self.softcap, self.sinks)
+        if isinstance(cache, QuantizedKVCache):
+            self.ops.write_quantized_kv(k, v, cache, batch.slot_mapping)
+            out = self.ops.quantized_attention(q, cache, batch, *options)
+        else:
+            self.ops.write_kv(k, v, cache, batch.slot_mapping)
+            out = self.ops.paged_attention(q, cache, batch, *options)
         return self.o_proj.forward(out.flatten(1))
 
 

@@ -458,6 +458,7 @@ def requirements(
     kind: Kind,
     quantization: Mapping[str, int | str | bool] | None = None,
     adapters: bool = False,
+    kv_dtype: str = "auto",
 ) -> list[Requirement]:
     """What an op set must offer to run a model, from its sizes and variants alone.
 
@@ -467,7 +468,7 @@ def requirements(
     of_experts = said.get("quantization") == "mxfp4"
     linear = Requirement("linear", {"dtype": dtype, **({} if of_experts else said)})
     needed = [Requirement("embedding", {"dtype": dtype}), linear]
-    needed += _encoder(spec, dtype) if isinstance(spec, EncoderSpec) else _decoder(spec, dtype, said)
+    needed += _encoder(spec, dtype) if isinstance(spec, EncoderSpec) else _decoder(spec, dtype, said, kv_dtype)
     if adapters:
         needed.append(Requirement("lora", {"dtype": dtype}))
     if kind == "generate":
@@ -477,7 +478,9 @@ def requirements(
     return needed
 
 
-def _decoder(spec: DecoderSpec, dtype: str, quantization: dict[str, int | str | bool]) -> list[Requirement]:
+def _decoder(
+    spec: DecoderSpec, dtype: str, quantization: dict[str, int | str | bool], kv_dtype: str
+) -> list[Requirement]:
     heads: dict[str, int | str | bool] = {"dtype": dtype, "head_dim": spec.head_dim}
     norm: dict[str, int | str | bool] = {"dtype": dtype}
     if spec.norm_weight_offset:
@@ -497,11 +500,13 @@ def _decoder(spec: DecoderSpec, dtype: str, quantization: dict[str, int | str | 
         if rope.rotary_dim:
             rotary["rotary_dim"] = rope.rotary_dim
         needed.append(Requirement("rope", rotary))
+    kept: dict[str, int | str | bool] = {} if kv_dtype == "auto" else {"kv_dtype": kv_dtype}
     if spec.mla is None:
-        needed += [Requirement("write_kv", heads), Requirement("paged_attention", attention)]
+        names = ("write_quantized_kv", "quantized_attention") if kept else ("write_kv", "paged_attention")
+        needed += [Requirement(names[0], heads | kept), Requirement(names[1], attention | kept)]
     else:
         latent: dict[str, int | str | bool] = {"dtype": dtype}
-        latent |= {"kv_lora_rank": spec.mla.kv_lora_rank, "rope_dim": spec.mla.qk_rope_head_dim}
+        latent |= kept | {"kv_lora_rank": spec.mla.kv_lora_rank, "rope_dim": spec.mla.qk_rope_head_dim}
         needed += [Requirement(op, latent) for op in ("write_latent", "latent_attention")]
         needed.append(Requirement("head_linear", {"dtype": dtype}))
     needed.append(Requirement("act_and_mul", {"dtype": dtype, "activation": spec.hidden_act}))

@@ -22,6 +22,9 @@ class OpSet:
     allocate_kv_cache = staticmethod(kv_cache.allocate_kv_cache)
     write_kv = staticmethod(kv_cache.write_kv)
     paged_attention = staticmethod(attention.paged_attention)
+    allocate_quantized_kv_cache = staticmethod(kv_cache.allocate_quantized_kv_cache)
+    write_quantized_kv = staticmethod(kv_cache.write_quantized_kv)
+    quantized_attention = attention.quantized_attention
     allocate_latent_cache = staticmethod(kv_cache.allocate_latent_cache)
     write_latent = staticmethod(kv_cache.write_latent)
     latent_attention = staticmethod(attention.latent_attention)

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from engines.batch import Batch
-from engines.ops.kv_cache import KVCache, LatentCache
+from engines.ops.kv_cache import KVCache, LatentCache, QuantizedKVCache, dequantize_vectors
+
+if TYPE_CHECKING:
+    from engines.ops import OpSet
+
+MAX_UNPACKED_TOKENS = 1 << 14
+"""Cached tokens that quantized_attention has unpacked at a time, unless one sequence has more."""
 
 
 def paged_attention(
@@ -43,6 +52,74 @@ def paged_attention(
         first = seq_len - (end - begin)
         out[begin:end] = _attend(q[begin:end], k, v, group, softmax_scale, first, window_size, softcap, sinks)
     return out
+
+
+def quantized_attention(
+    self: OpSet,
+    q: Tensor,
+    cache: QuantizedKVCache,
+    batch: Batch,
+    softmax_scale: float,
+    window_size: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """As paged_attention, over keys and values in 8 or 4 bits. They may be rounded to q's dtype before use.
+
+    The reference unpacks the blocks of some sequences at a time, and has the op set's own paged_attention work on them.
+    """
+    assert batch.block_tables is not None
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    starts = batch.cu_seqlens_q.tolist()
+    for first, last in _runs(batch.seq_lens.tolist()):
+        part = slice(starts[first], starts[last])
+        if part.start == part.stop:
+            continue
+        counts = -(-batch.seq_lens[first:last].long() // cache.block_size)
+        tables = batch.block_tables[first:last, : int(counts.max())].long()
+        used = torch.arange(tables.shape[1], device=q.device) < counts[:, None]
+        blocks, places = tables[used].unique(return_inverse=True)
+        own = torch.zeros_like(tables, dtype=torch.int32)
+        own[used] = places.int()
+        some = replace(
+            batch,
+            cu_seqlens_q=batch.cu_seqlens_q[first : last + 1] - starts[first],
+            seq_lens=batch.seq_lens[first:last],
+            token_ids=batch.token_ids[part],
+            positions=batch.positions[part],
+            slot_mapping=None,
+            block_tables=own,
+            prefix_groups=batch.prefix_groups if last - first == batch.num_seqs else (),
+        )
+        unpacked = _unpacked(self, cache, blocks, q.dtype)
+        out[part] = self.paged_attention(q[part], unpacked, some, softmax_scale, window_size, softcap, sinks)
+    return out
+
+
+def _runs(lengths: list[int]) -> Iterator[tuple[int, int]]:
+    """[first, last) of neighbouring sequences with at most MAX_UNPACKED_TOKENS together, or one with more."""
+    first = total = 0
+    for i, length in enumerate(lengths):
+        if i > first and total + length > MAX_UNPACKED_TOKENS:
+            yield first, i
+            first, total = i, 0
+        total += length
+    if lengths:
+        yield first, len(lengths)
+
+
+def _unpacked(ops: OpSet, cache: QuantizedKVCache, blocks: Tensor, dtype: torch.dtype) -> KVCache:
+    """Some of the blocks, in the op set's own form for that dtype."""
+    heads, size = cache.k.shape[1], cache.block_size
+    k, v = (
+        dequantize_vectors(codes[blocks], scales[blocks], cache.kv_dtype, cache.head_dim, dtype)
+        .transpose(1, 2)
+        .reshape(-1, heads, cache.head_dim)
+        for codes, scales in ((cache.k, cache.k_scales), (cache.v, cache.v_scales))
+    )
+    plain = ops.allocate_kv_cache(len(blocks), size, heads, cache.head_dim, dtype, k.device)
+    ops.write_kv(k, v, plain, torch.arange(len(k), device=k.device))
+    return plain
 
 
 def latent_attention(q: Tensor, cache: LatentCache, batch: Batch, softmax_scale: float) -> Tensor:

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+KVDtype = Literal["int8", "int4", "fp8"]
+LEVELS = {"int8": 255, "int4": 15}
+FP8_MAX = 448.0
+TINY = 2.0**-100
+"""Smallest scale: a vector of equal numbers, zeros among them, has this one."""
 
 
 @dataclass(frozen=True)
@@ -71,3 +78,79 @@ def write_latent(latent: Tensor, cache: LatentCache, slot_mapping: Tensor) -> No
     Modifies cache.
     """
     cache.data[slot_mapping // cache.block_size, slot_mapping % cache.block_size] = latent.to(cache.data.dtype)
+
+
+@dataclass(frozen=True)
+class QuantizedKVCache:
+    """Keys and values of one layer in 8 or 4 bits, each vector of a token and a head with a scale of its own.
+
+    x = code * scale + offset for int8 and int4 (codes from 0), x = code * scale for fp8 (float8_e4m3fn).
+    """
+
+    kv_dtype: KVDtype
+    head_dim: int
+    k: Tensor
+    """[num_blocks, num_kv_heads, block_size, head_dim] uint8 or float8_e4m3fn; int4: [..., ceil(head_dim / 2)] uint8,
+    dimension 2 i in the lower half of byte i"""
+    v: Tensor
+    """The same."""
+    k_scales: Tensor
+    """[num_blocks, num_kv_heads, block_size, 2] float32, scale and offset; fp8: [..., 1], scale"""
+    v_scales: Tensor
+    """The same."""
+
+    @property
+    def block_size(self) -> int:
+        return self.k.shape[2]
+
+
+def allocate_quantized_kv_cache(
+    num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, kv_dtype: KVDtype, device: torch.device
+) -> QuantizedKVCache:
+    """An uninitialized cache; nothing may depend on what unwritten slots hold."""
+    shape = (num_blocks, num_kv_heads, block_size)
+    width = -(-head_dim // 2) if kv_dtype == "int4" else head_dim
+    dtype = torch.float8_e4m3fn if kv_dtype == "fp8" else torch.uint8
+    k, v = (torch.empty(*shape, width, dtype=dtype, device=device) for _ in range(2))
+    numbers = 1 if kv_dtype == "fp8" else 2
+    scales = [torch.empty(*shape, numbers, dtype=torch.float32, device=device) for _ in range(2)]
+    return QuantizedKVCache(kv_dtype, head_dim, k, v, *scales)
+
+
+def write_quantized_kv(k: Tensor, v: Tensor, cache: QuantizedKVCache, slot_mapping: Tensor) -> None:
+    """Store new keys and values in their slots, rounded.
+
+    k, v: [num_tokens, num_kv_heads, head_dim]; slot_mapping: [num_tokens] int64, block * block_size + offset.
+
+    In float32, whatever the input's dtype. int8, int4: offset is the smallest number of the vector, scale the range
+    / 255 or / 15 (at least TINY), code (x - offset) / scale rounded half to even. fp8: scale is the largest magnitude
+    / 448, code x / scale rounded half to even. Modifies cache.
+    """
+    block, offset = slot_mapping // cache.block_size, slot_mapping % cache.block_size
+    for x, codes, scales in ((k, cache.k, cache.k_scales), (v, cache.v, cache.v_scales)):
+        code, scale = quantize_vectors(x, cache.kv_dtype)
+        codes[block, :, offset] = code.to(codes.dtype)
+        scales[block, :, offset] = scale.to(scales.dtype)
+
+
+def quantize_vectors(x: Tensor, kv_dtype: KVDtype) -> tuple[Tensor, Tensor]:
+    """(codes, scales) of the last dimension's vectors, as QuantizedKVCache holds them."""
+    x = x.float()
+    if kv_dtype == "fp8":
+        scale = (x.abs().amax(-1, keepdim=True) / FP8_MAX).clamp(min=TINY)
+        return (x / scale).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn), scale
+    low = x.amin(-1, keepdim=True)
+    scale = ((x.amax(-1, keepdim=True) - low) / LEVELS[kv_dtype]).clamp(min=TINY)
+    codes = ((x - low) / scale).round().clamp(0, LEVELS[kv_dtype]).to(torch.uint8)
+    if kv_dtype == "int4":
+        codes = torch.nn.functional.pad(codes, (0, codes.shape[-1] % 2))
+        codes = codes[..., 0::2] | codes[..., 1::2] << 4
+    return codes, torch.cat((scale, low), -1)
+
+
+def dequantize_vectors(codes: Tensor, scales: Tensor, kv_dtype: KVDtype, head_dim: int, dtype: torch.dtype) -> Tensor:
+    """[..., head_dim]: products and sums in float32 (float64 for float64 scales), rounded once."""
+    if kv_dtype == "int4":
+        codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., :head_dim]
+    wide = codes.to(scales.dtype) * scales[..., :1]
+    return (wide if kv_dtype == "fp8" else wide + scales[..., 1:]).to(dtype)
