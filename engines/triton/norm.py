@@ -59,22 +59,30 @@ def rms_norm_kernel(
 @triton.jit
 def layer_norm_kernel(
     x_ptr: tl.tensor,
+    residual_ptr: tl.tensor,
     weight_ptr: tl.tensor,
     bias_ptr: tl.tensor,
     out_ptr: tl.tensor,
     num_rows: tl.tensor,
     row_stride: tl.tensor,
+    residual_stride: tl.tensor,
     eps: tl.tensor,
     N: tl.constexpr,
+    ADD: tl.constexpr,
     R: tl.constexpr,
     BLOCK: tl.constexpr,
 ) -> None:
-    """Grid: [cdiv(num_rows, R)]. Variance from the differences to the mean, which are in registers."""
+    """Grid: [cdiv(num_rows, R)]. With ADD, what is normalized is the rounded sum of x and residual. The variance
+    is made from the differences to the mean, which are in registers.
+    """
     rows = (tl.program_id(0) * R + tl.arange(0, R)).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < N
     mask = (rows < num_rows)[:, None] & inside[None, :]
     x = tl.load(x_ptr + rows[:, None] * row_stride + columns[None, :], mask=mask, other=0.0)
+    if ADD:
+        residual = tl.load(residual_ptr + rows[:, None] * residual_stride + columns[None, :], mask=mask, other=0.0)
+        x = (x.to(tl.float32) + residual.to(tl.float32)).to(x.dtype)
     wide = x.to(tl.float32)
     centred = tl.where(mask, wide - (tl.sum(wide, 1) / N)[:, None], 0.0)
     variance = tl.sum(centred * centred, 1) / N
@@ -131,17 +139,30 @@ def _rms_norm(x: Tensor, residual: Tensor | None, weight: Tensor, out: Tensor, e
     )
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """As the reference."""
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """As the reference, in one pass."""
     size = x.shape[-1]
     flat = dense_rows(x).reshape(-1, size)
+    added = None if residual is None else dense_rows(residual).reshape(-1, size)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
     block = power_of_two(size)
     rows = max(1, ROW_VALUES // block)
     layer_norm_kernel[(triton.cdiv(flat.shape[0], rows),)](
-        flat, weight, bias, out, flat.shape[0], flat.stride(0), eps,
-        N=size, R=rows, BLOCK=block, num_warps=warps(block * rows),
-    )  # fmt: skip
+        flat,
+        added,
+        weight,
+        bias,
+        out,
+        flat.shape[0],
+        flat.stride(0),
+        0 if added is None else added.stride(0),
+        eps,
+        N=size,
+        ADD=added is not None,
+        R=rows,
+        BLOCK=block,
+        num_warps=warps(block * rows),
+    )
     return out

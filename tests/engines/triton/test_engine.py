@@ -1,0 +1,86 @@
+"""The whole engine on Triton's kernels, under the interpreter: what the CPU engine gives, for every family."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engines import discover
+from engines.api import EngineConfig, EngineSettings, Outcome, Request, SamplingParams
+from engines.load import load_engine
+from engines.models.spec import DecoderSpec
+from engines.ops import OpSet
+from tests.parity.checkpoints import make_checkpoint
+
+LENGTHS = (5, 19, 1)
+NUM_TOKENS = 4
+FAMILIES = discover.families()
+FAST = ("llama", "gemma2", "bert")
+"""Plain, with windows and soft caps, and an encoder; the others take minutes together."""
+NAMES = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in FAMILIES]
+
+
+def run(folder: Path, backend: str, decoder: bool, sampling: SamplingParams) -> list[Outcome]:
+    """Outcomes in order. Prompts are cut into pieces, and the first two begin alike."""
+    config = EngineConfig(
+        max_model_len=64, block_size=8, max_num_batched_tokens=16 if decoder else 64, kv_cache_bytes=1 << 20
+    )
+    kind: Any = "generate" if decoder else "embed"
+    settings = EngineSettings(backend, str(folder), "float32", config, kind, pooling=None if decoder else "mean")
+    engine = load_engine(settings)
+    generator = torch.Generator().manual_seed(3)
+    tokens = torch.randint(5, 60, (max(LENGTHS),), generator=generator).tolist()
+    engine.submit(
+        [
+            Request(i, kind, [*tokens[: length - 1], 7 + i], sampling if decoder else None, stream=i * 1_000_003)
+            for i, length in enumerate(LENGTHS)
+        ]
+    )
+    outcomes: dict[int, Outcome] = {}
+    while engine.num_unfinished:
+        for outcome in engine.step():
+            assert outcome.error is None, outcome.error
+            outcomes[outcome.request_id] = outcome
+    engine.close()
+    return [outcomes[i] for i in range(len(LENGTHS))]
+
+
+@pytest.fixture(autouse=True)
+def plain_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU engine without its compiled library."""
+    monkeypatch.setenv("DISABLE_CPU_EXTENSION", "1")
+
+
+@pytest.mark.parametrize("family", NAMES)
+def test_the_same_as_the_cpu_engine(ops: OpSet, family: str, tmp_path: Path) -> None:
+    module = FAMILIES[family]
+    decoder = isinstance(module.spec(module.tiny_config()), DecoderSpec)
+    make_checkpoint(module.tiny_config(), tmp_path)
+    greedy = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+    found, expected = (run(tmp_path, backend, decoder, greedy) for backend in ("triton", "cpu"))
+    if decoder:
+        assert [o.token_ids for o in found] == [o.token_ids for o in expected]
+        assert all(len(o.token_ids) == NUM_TOKENS for o in found)
+    else:
+        for own, other in zip(found, expected, strict=True):
+            assert own.values is not None and other.values is not None
+            torch.testing.assert_close(torch.tensor(own.values), torch.tensor(other.values), rtol=1e-4, atol=1e-5)
+
+
+def test_sampled_tokens_are_those_of_the_cpu_engine(ops: OpSet, tmp_path: Path) -> None:
+    """With every filter and penalty, and log-probabilities."""
+    make_checkpoint(FAMILIES["llama"].tiny_config(), tmp_path)
+    sampling = SamplingParams(
+        max_tokens=NUM_TOKENS, temperature=0.8, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.2,
+        presence_penalty=0.1, frequency_penalty=0.2, ignore_eos=True, logprobs=2,
+    )  # fmt: skip
+    found, expected = (run(tmp_path, backend, True, sampling) for backend in ("triton", "cpu"))
+    assert [o.token_ids for o in found] == [o.token_ids for o in expected]
+    for own, other in zip(found, expected, strict=True):
+        assert own.logprobs is not None and other.logprobs is not None
+        assert [p.top_ids for p in own.logprobs] == [p.top_ids for p in other.logprobs]
+        for a, b in zip(own.logprobs, other.logprobs, strict=True):
+            assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
