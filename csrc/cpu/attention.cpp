@@ -9,19 +9,14 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cstdlib>
-#include <memory>
 #include <optional>
 #include <vector>
 
+#include "buffer.h"
 #include "isa.h"
 #include "tensors.h"
 
 namespace cpu_ops {
-namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 Kernel kernel(bool packed) {
 #if defined(CPU_OPS_X86)
@@ -33,22 +28,15 @@ Kernel kernel(bool packed) {
   return baseline::attend;
 }
 
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
 const int32_t* int32s(const Tensor& tensor, const char* name, int64_t dim) {
   STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int && tensor.dim() == dim && tensor.is_contiguous(), name,
                   ": expected a contiguous int32 tensor of ", dim, " dimensions");
   return static_cast<const int32_t*>(tensor.const_data_ptr());
-}
-
-struct Free {
-  void operator()(float* p) const { std::free(p); }
-};
-using Buffer = std::unique_ptr<float, Free>;
-
-Buffer floats(int64_t count) {
-  const size_t bytes = (static_cast<size_t>(count) * sizeof(float) + 63) / 64 * 64;
-  Buffer buffer(static_cast<float*>(std::aligned_alloc(64, std::max<size_t>(bytes, 64))));
-  STD_TORCH_CHECK(buffer != nullptr, "out of memory");
-  return buffer;
 }
 
 // Tensors of a call, as pointers and sizes.

@@ -51,6 +51,9 @@ inline constexpr int64_t scratch_floats(int64_t head_dim) {
 // Computes one item, or up to kLanes of at most kLaneRows rows each.
 using Kernel = void (*)(const Work* works, int count, float* scratch);
 
+// The kernel of the instruction set in use; the one for packed caches needs AMX.
+Kernel kernel(bool packed);
+
 namespace amx { void attend(const Work* works, int count, float* scratch); }  // bfloat16 in a packed cache (packed.h)
 namespace avx512 { void attend(const Work* works, int count, float* scratch); }
 namespace avx2 { void attend(const Work* works, int count, float* scratch); }

@@ -91,7 +91,7 @@ template <Type type> inline Uint narrow(Float x) {
     const Uint u = bits<Uint>(x);
     return x == x ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : Uint{} + 0x7fc0;
   }
-  Uint halves;
+  Uint halves{};
   for (int i = 0; i < W; ++i) halves[i] = narrow_f16(x[i]);
   return halves;
 }

@@ -1,5 +1,5 @@
-// The ops rms_norm, add_rms_norm, silu_and_mul, rope, write_kv: checks, and rows shared out among torch's threads.
-// Layouts are those of engines/ops/{norm,activation,rotary,kv_cache}.py.
+// The ops rms_norm, add_rms_norm, layer_norm, rope, write_kv: checks, and rows shared out among torch's threads.
+// Layouts are those of engines/ops/{norm,rotary,kv_cache}.py.
 
 #include "elementwise.h"
 
@@ -8,34 +8,17 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <tuple>
 
-#include "isa.h"
+#include "rows.h"
 #include "tensors.h"
-
-#if defined(CPU_OPS_X86)
-#define CPU_OPS_PICK(op) (isa() >= Isa::avx512 ? avx512::op : isa() == Isa::avx2 ? avx2::op : baseline::op)
-#else
-#define CPU_OPS_PICK(op) (baseline::op)
-#endif
 
 namespace cpu_ops {
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-// Values that are worth a thread.
-constexpr int64_t kGrain = 16384;
-
-template <class Function> void for_rows(int64_t rows, int64_t values_per_row, const Function& function) {
-  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, values_per_row)), function);
-}
-
-void check_rows(const Tensor& x, const char* name) {
-  STD_TORCH_CHECK(x.dim() == 2 && (x.stride(1) == 1 || x.size(1) <= 1), name,
-                  ": expected 2 dimensions, the last contiguous");
-}
 
 Norm norm_of(const Tensor& x, const Tensor& weight, const Tensor& out, double eps, double weight_offset) {
   check_rows(x, "x");
@@ -54,45 +37,46 @@ Norm norm_of(const Tensor& x, const Tensor& weight, const Tensor& out, double ep
   return norm;
 }
 
-void run(const Norm& norm, int64_t rows) {
-  const auto op = CPU_OPS_PICK(rms_norm);
+void add(Norm& norm, const Tensor& x, const Tensor& residual) {
+  check_rows(residual, "residual");
+  STD_TORCH_CHECK(residual.size(0) == x.size(0) && residual.size(1) == x.size(1) &&
+                      residual.scalar_type() == x.scalar_type(),
+                  "residual: expected x's shape and dtype");
+  norm.residual = residual.const_data_ptr();
+  norm.residual_stride = residual.stride(0);
+}
+
+void run(const Norm& norm, void (*op)(const Norm&, int64_t, int64_t), int64_t rows) {
   for_rows(rows, norm.size, [&](int64_t first, int64_t last) { op(norm, first, last); });
 }
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_offset) {
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  run(norm_of(x, weight, out, eps, weight_offset), x.size(0));
+  run(norm_of(x, weight, out, eps, weight_offset), CPU_OPS_PICK(rms_norm), x.size(0));
   return out;
 }
 
 std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight, double eps,
                                         double weight_offset) {
-  check_rows(residual, "residual");
-  STD_TORCH_CHECK(residual.size(0) == x.size(0) && residual.size(1) == x.size(1) &&
-                      residual.scalar_type() == x.scalar_type(),
-                  "residual: expected x's shape and dtype");
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   Tensor total = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   Norm norm = norm_of(x, weight, out, eps, weight_offset);
-  norm.residual = residual.const_data_ptr();
-  norm.residual_stride = residual.stride(0);
+  add(norm, x, residual);
   norm.total = total.mutable_data_ptr();
-  run(norm, x.size(0));
+  run(norm, CPU_OPS_PICK(rms_norm), x.size(0));
   return {out, total};
 }
 
-Tensor silu_and_mul(const Tensor& gate_up) {
-  check_rows(gate_up, "gate_up");
-  STD_TORCH_CHECK(gate_up.size(1) % 2 == 0, "gate_up: expected an even last dimension");
-  const int64_t rows = gate_up.size(0), size = gate_up.size(1) / 2;
-  Tensor out = torch::stable::new_empty(gate_up, {rows, size});
-  const Gate gate{type_of(gate_up, "gate_up"), size, gate_up.stride(0), gate_up.const_data_ptr(),
-                  out.mutable_data_ptr()};
-  auto op = CPU_OPS_PICK(silu_and_mul);
-#if defined(CPU_OPS_X86)
-  if (isa() == Isa::amx && gate.type == Type::bf16) op = amx::silu_and_mul;
-#endif
-  for_rows(rows, 2 * size, [&](int64_t first, int64_t last) { op(gate, first, last); });
+Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, double eps,
+                  const std::optional<Tensor>& residual) {
+  Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
+  Norm norm = norm_of(x, weight, out, eps, 0.0);
+  STD_TORCH_CHECK(bias.dim() == 1 && bias.is_contiguous() && bias.size(0) == x.size(1) &&
+                      bias.scalar_type() == x.scalar_type(),
+                  "bias: expected [hidden] of x's dtype");
+  norm.bias = bias.const_data_ptr();
+  if (residual) add(norm, x, *residual);
+  run(norm, CPU_OPS_PICK(layer_norm), x.size(0));
   return out;
 }
 
@@ -168,7 +152,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cpu_ops, library) {
   library.def("rms_norm(Tensor x, Tensor weight, float eps, float weight_offset) -> Tensor");
   library.def(
       "add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps, float weight_offset) -> (Tensor, Tensor)");
-  library.def("silu_and_mul(Tensor gate_up) -> Tensor");
+  library.def("layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor? residual) -> Tensor");
   library.def("rope(Tensor(a!) q, Tensor(b!) k, Tensor positions, Tensor cos_sin) -> ()");
   library.def(
       "write_kv(Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping) -> ()");
@@ -177,7 +161,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cpu_ops, library) {
 STABLE_TORCH_LIBRARY_IMPL(cpu_ops, CPU, library) {
   library.impl("rms_norm", TORCH_BOX(&rms_norm));
   library.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
-  library.impl("silu_and_mul", TORCH_BOX(&silu_and_mul));
+  library.impl("layer_norm", TORCH_BOX(&layer_norm));
   library.impl("rope", TORCH_BOX(&rope));
   library.impl("write_kv", TORCH_BOX(&write_kv));
 }

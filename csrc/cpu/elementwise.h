@@ -13,16 +13,10 @@ struct Norm {
   const void* x;
   const void* residual;  // null: none is added
   const void* weight;
+  const void* bias;      // layer norm's
   void* total;           // x + residual, contiguous; read only if residual is
   void* out;             // contiguous
   float eps, weight_offset;
-};
-
-struct Gate {
-  Type type;
-  int64_t size, stride;  // values of a half, and from one row to the next
-  const void* gate_up;
-  void* out;             // contiguous
 };
 
 struct Rotation {
@@ -36,13 +30,12 @@ struct Rotation {
 #define CPU_OPS_ELEMENTWISE(isa)                               \
   namespace isa {                                              \
   void rms_norm(const Norm&, int64_t first, int64_t last);     \
-  void silu_and_mul(const Gate&, int64_t first, int64_t last); \
+  void layer_norm(const Norm&, int64_t first, int64_t last);   \
   void rope(const Rotation&, int64_t first, int64_t last);     \
   }
 CPU_OPS_ELEMENTWISE(avx512)
 CPU_OPS_ELEMENTWISE(avx2)
 CPU_OPS_ELEMENTWISE(baseline)
 #undef CPU_OPS_ELEMENTWISE
-namespace amx { void silu_and_mul(const Gate&, int64_t first, int64_t last); }  // bfloat16
 
 }  // namespace cpu_ops

@@ -1,27 +1,13 @@
 // Kernels of the ops that touch every value once; compiled once for each instruction set. Rounding is the references':
-// engines/ops/{norm,activation,rotary}.py.
+// engines/ops/{norm,rotary}.py.
 
 #include "elementwise.h"
 
-#include "attention_vector.h"
+#include "elementwise_vector.h"
 
 namespace cpu_ops {
 namespace ISA {
 namespace {
-
-// `count` values from `from` on, widened; the lanes past them are zero.
-template <Type type> inline Float load_some(const char* from, int64_t count) {
-  if (count >= W) return load_wide<type>(from);
-  char values[W * 4] = {};
-  __builtin_memcpy(values, from, count * kBytes<type>);
-  return load_wide<type>(values);
-}
-
-// x as it is after a store in this type and a load.
-template <Type type> inline Float rounded(Float x) {
-  if constexpr (type == Type::f32) return x;
-  else return widen<type>(narrow<type>(x));
-}
 
 template <Type type> void rms_norm_rows(const Norm& norm, int64_t first, int64_t last) {
   constexpr int bytes = kBytes<type>;
@@ -55,16 +41,41 @@ template <Type type> void rms_norm_rows(const Norm& norm, int64_t first, int64_t
   }
 }
 
-template <Type type> void silu_and_mul_rows(const Gate& gate, int64_t first, int64_t last) {
+// Mean and variance in two passes over the row, which lies in the nearest cache: no difference of large squares.
+template <Type type> void layer_norm_rows(const Norm& norm, int64_t first, int64_t last) {
   constexpr int bytes = kBytes<type>;
+  const char *weight = static_cast<const char*>(norm.weight), *bias = static_cast<const char*>(norm.bias);
+  const float size = static_cast<float>(norm.size);
   for (int64_t row = first; row < last; ++row) {
-    const char* from = static_cast<const char*>(gate.gate_up) + row * gate.stride * bytes;
-    char* out = static_cast<char*>(gate.out) + row * gate.size * bytes;
-    for (int64_t i = 0; i < gate.size; i += W) {
-      const int64_t left = gate.size - i;
-      const Float x = load_some<type>(from + i * bytes, left);
-      const Float up = load_some<type>(from + (gate.size + i) * bytes, left);
-      store_some<type>(out + i * bytes, rounded<type>(x / (1.0f + exp(-x))) * up, left);
+    const char* x = static_cast<const char*>(norm.x) + row * norm.x_stride * bytes;
+    char* out = static_cast<char*>(norm.out) + row * norm.size * bytes;
+    Float sum = Float{};
+    if (norm.residual) {
+      const char* residual = static_cast<const char*>(norm.residual) + row * norm.residual_stride * bytes;
+      for (int64_t i = 0; i < norm.size; i += W) {
+        const int64_t left = norm.size - i;
+        const Float value =
+            rounded<type>(load_some<type>(x + i * bytes, left) + load_some<type>(residual + i * bytes, left));
+        sum += value;
+        store_some<type>(out + i * bytes, value, left);
+      }
+      x = out;
+    } else {
+      for (int64_t i = 0; i < norm.size; i += W) sum += load_some<type>(x + i * bytes, norm.size - i);
+    }
+    const float mean = ISA::total(sum) / size;
+    Float squares = Float{};
+    for (int64_t i = 0; i < norm.size; i += W) {
+      const int64_t left = norm.size - i;
+      const Float value = load_some<type>(x + i * bytes, left) - mean;
+      squares += left >= W ? value * value : only(value * value, left);
+    }
+    const float scale = 1.0f / __builtin_sqrtf(ISA::total(squares) / size + norm.eps);
+    for (int64_t i = 0; i < norm.size; i += W) {
+      const int64_t left = norm.size - i;
+      const Float normed = (load_some<type>(x + i * bytes, left) - mean) * scale;
+      const Float w = load_some<type>(weight + i * bytes, left), b = load_some<type>(bias + i * bytes, left);
+      store_some<type>(out + i * bytes, normed * w + b, left);
     }
   }
 }
@@ -100,7 +111,7 @@ template <Type type> void rope_rows(const Rotation& rotation, int64_t first, int
     }                                                            \
   }
 CPU_OPS_BY_TYPE(rms_norm, rms_norm_rows, Norm)
-CPU_OPS_BY_TYPE(silu_and_mul, silu_and_mul_rows, Gate)
+CPU_OPS_BY_TYPE(layer_norm, layer_norm_rows, Norm)
 CPU_OPS_BY_TYPE(rope, rope_rows, Rotation)
 #undef CPU_OPS_BY_TYPE
 

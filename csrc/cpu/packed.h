@@ -15,4 +15,11 @@ constexpr int kPackedKeys = 16;    // keys of a tile
 constexpr int kPackedValues = 32;  // values of a tile
 constexpr int64_t kPackedTile = 1024;
 
+// `count` successive tokens of one head, `stride` bytes apart, as one block whose size is count rounded up to
+// kPackedValues; what is past them is zero. to: aligned to 64 bytes.
+namespace amx {
+void pack_keys(char* to, const char* keys, int64_t stride, int64_t count, int64_t D);
+void pack_values(char* to, const char* values, int64_t stride, int64_t count, int64_t D);
+}  // namespace amx
+
 }  // namespace cpu_ops

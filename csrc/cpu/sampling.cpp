@@ -8,7 +8,7 @@
 
 #include <tuple>
 
-#include "isa.h"
+#include "rows.h"
 #include "tensors.h"
 
 namespace cpu_ops {
@@ -24,11 +24,7 @@ std::tuple<Tensor, Tensor> argmax(const Tensor& x) {
   Tensor index = torch::stable::new_empty(x, {x.size(0)}, ScalarType::Long);
   const Rows2d rows{type_of(x, "logits"), x.size(1), x.stride(0), x.const_data_ptr(),
                     static_cast<float*>(best.mutable_data_ptr()), static_cast<int64_t*>(index.mutable_data_ptr())};
-#if defined(CPU_OPS_X86)
-  const auto op = isa() >= Isa::avx512 ? avx512::argmax : isa() == Isa::avx2 ? avx2::argmax : baseline::argmax;
-#else
-  const auto op = baseline::argmax;
-#endif
+  const auto op = CPU_OPS_PICK(argmax);
   torch::stable::parallel_for(0, x.size(0), 1, [&](int64_t first, int64_t last) { op(rows, first, last); });
   return {best, index};
 }

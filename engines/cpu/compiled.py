@@ -63,6 +63,14 @@ def paged_attention(
     return result
 
 
+def encoder_attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, softmax_scale: float) -> Tensor:
+    """As the reference, in the tiles of paged_attention: a token's bits depend on its own sequence alone."""
+    if q.dtype == torch.float64:
+        return reference.encoder_attention(q, k, v, batch, softmax_scale)
+    result: Tensor = torch.ops.cpu_ops.encoder_attention(q, k, v, batch.cu_seqlens_q, softmax_scale)
+    return result
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0) -> Tensor:
     """As the reference."""
     if x.dtype == torch.float64:
@@ -81,11 +89,33 @@ def add_rms_norm(
     return normed, total
 
 
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """As the reference."""
+    if x.dtype == torch.float64:
+        return norm.layer_norm(x, weight, bias, eps, residual)
+    rows = None if residual is None else residual.reshape(-1, x.shape[-1])
+    result: Tensor = torch.ops.cpu_ops.layer_norm(x.reshape(-1, x.shape[-1]), weight, bias, eps, rows)
+    return result.view(x.shape)
+
+
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3, "swiglu_oai": 4}
+"""As csrc/cpu/activation.h numbers them."""
+
+
+def act(x: Tensor, name: str) -> Tensor:
+    """As the reference."""
+    if x.dtype == torch.float64:
+        return activation.act(x, name)
+    rows = x.reshape(-1, x.shape[-1])
+    torch.ops.cpu_ops.act_(rows, ACTIVATIONS[name])
+    return rows.view(x.shape)
+
+
 def act_and_mul(gate_up: Tensor, name: str) -> Tensor:
-    """As the reference; silu is compiled, the other activations are torch's."""
-    if name != "silu" or gate_up.dtype == torch.float64:
+    """As the reference."""
+    if gate_up.dtype == torch.float64:
         return activation.act_and_mul(gate_up, name)
-    result: Tensor = torch.ops.cpu_ops.silu_and_mul(gate_up)
+    result: Tensor = torch.ops.cpu_ops.act_and_mul(gate_up, ACTIVATIONS[name])
     return result
 
 

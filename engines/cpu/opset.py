@@ -24,4 +24,5 @@ class OpSet(ops.OpSet):
             self.allocate_kv_cache = compiled.allocate_kv_cache
             self.rms_norm, self.add_rms_norm = compiled.rms_norm, compiled.add_rms_norm
             self.rope, self.write_kv = compiled.rope, compiled.write_kv
-            self.act_and_mul, self.argmax = compiled.act_and_mul, compiled.argmax
+            self.layer_norm, self.encoder_attention = compiled.layer_norm, compiled.encoder_attention
+            self.act, self.act_and_mul, self.argmax = compiled.act, compiled.act_and_mul, compiled.argmax

@@ -63,4 +63,4 @@ class EncoderEmbedding:
         x = self.ops.embedding(batch.token_ids, self.words)
         if self.types is not None:
             x = x + self.types[0]
-        return self.norm.forward(x + self.ops.embedding(batch.positions + self.offset, self.positions))
+        return self.norm.forward(x, self.ops.embedding(batch.positions + self.offset, self.positions))

@@ -34,5 +34,6 @@ class LayerNorm:
         self.weight = weights.take(f"{name}.weight", size)
         self.bias = weights.take(f"{name}.bias", size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.layer_norm(x, self.weight, self.bias, self.eps)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The norm of x, or of its sum with the residual."""
+        return self.ops.layer_norm(x, self.weight, self.bias, self.eps, residual)

@@ -34,14 +34,15 @@ class EncoderLayer:
         self.after_mlp = LayerNorm(f"{name}.output.LayerNorm", size, eps, weights, ops)
 
     def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        x = self.after_attention.forward(self.attention.forward(x, batch) + x)
-        return self.after_mlp.forward(self.mlp.forward(x) + x)
+        x = self.after_attention.forward(self.attention.forward(x, batch), x)
+        return self.after_mlp.forward(self.mlp.forward(x), x)
 
 
 class Encoder:
     """A bidirectional model without a cache. Satisfies engines.models.base.Model."""
 
     paged = True
+    adapters: tuple[str, ...] = ()
     num_cache_layers = latent_rank = 0
 
     def __init__(

@@ -36,6 +36,11 @@ def add_rms_norm(
     return rms_norm(total, weight, eps, weight_offset), total
 
 
-def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """Layer norm over the last dimension (arXiv 1607.06450), statistics in float32."""
-    return torch.nn.functional.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float, residual: Tensor | None = None) -> Tensor:
+    """Layer norm of x, or of x + residual, over the last dimension (arXiv 1607.06450).
+
+    x, residual: [..., hidden]; weight, bias: [hidden], x's dtype. The sum is rounded to x's dtype before it is
+    normalized; statistics in float32.
+    """
+    total = x if residual is None else x + residual
+    return torch.nn.functional.layer_norm(total, (x.shape[-1],), weight, bias, eps)

@@ -1,0 +1,88 @@
+// Activations of bfloat16: as activation_kernel.cpp, which takes three times as many instructions.
+
+#include "activation.h"
+#include "amx_math.h"
+
+namespace cpu_ops {
+namespace amx {
+namespace {
+
+inline __m512 all(float x) { return _mm512_set1_ps(x); }
+
+// x / (1 + 2^power), the quotient by a reciprocal of 14 bits and one step of Newton's method: within 1e-6.
+inline __m512 gate(__m512 x, __m512 power) {
+  // Bounded, so that the sum is finite: beyond that the quotient is as good as zero. Operands in this order keep NaN.
+  const __m512 sum = _mm512_add_ps(exp2(_mm512_min_ps(all(126.0f), power)), all(1.0f));
+  const __m512 guess = _mm512_rcp14_ps(sum), none = all(-__builtin_inff());
+  const __m512 result = _mm512_mul_ps(x, _mm512_mul_ps(guess, _mm512_fnmadd_ps(sum, guess, all(2.0f))));
+  return _mm512_mask_mov_ps(result, _mm512_cmp_ps_mask(x, none, _CMP_EQ_OQ), all(__builtin_nanf("")));
+}
+
+constexpr float kLog2e = 1.44269504088896341f;
+
+inline __m512 erf(__m512 x) {
+  const __m512 z = _mm512_max_ps(all(-kErfBound), _mm512_min_ps(all(kErfBound), x)), z2 = _mm512_mul_ps(z, z);
+  __m512 p = all(kErfP[0]), q = all(kErfQ[0]);
+  for (int i = 1; i < 7; ++i) p = _mm512_fmadd_ps(p, z2, all(kErfP[i]));
+  for (int i = 1; i < 5; ++i) q = _mm512_fmadd_ps(q, z2, all(kErfQ[i]));
+  const __m512 guess = _mm512_rcp14_ps(q);
+  return _mm512_mul_ps(_mm512_mul_ps(z, p), _mm512_mul_ps(guess, _mm512_fnmadd_ps(q, guess, all(2.0f))));
+}
+
+template <Activation kind> inline __m512 activated(__m512 x) {
+  if constexpr (kind == Activation::silu) return gate(x, _mm512_mul_ps(x, all(-kLog2e)));
+  else if constexpr (kind == Activation::gelu) {
+    const __m512 half = _mm512_mul_ps(x, all(0.5f));
+    return _mm512_fmadd_ps(half, erf(_mm512_mul_ps(x, all(kSqrtHalf))), half);
+  } else if constexpr (kind == Activation::gelu_tanh) {  // (1 + tanh(u)) / 2 is the logistic function of 2u
+    const __m512 cubic = _mm512_mul_ps(all(kGeluCubic), _mm512_mul_ps(x, x));
+    return gate(x, _mm512_mul_ps(all(-2.0f * kSqrt2OverPi * kLog2e), _mm512_fmadd_ps(cubic, x, x)));
+  } else return _mm512_max_ps(_mm512_setzero_ps(), x);  // operands in this order keep NaN
+}
+
+template <Activation kind, bool gated> inline __m512 one(__m512 x, __m512 up) {
+  if constexpr (kind == Activation::swiglu_oai) {
+    const __m512 most = all(kOaiLimit), g = _mm512_min_ps(most, x);
+    const __m512 u = _mm512_max_ps(all(-kOaiLimit), _mm512_min_ps(most, up));
+    return _mm512_mul_ps(gate(g, _mm512_mul_ps(g, all(-kOaiAlpha * kLog2e))), _mm512_add_ps(u, all(1.0f)));
+  } else if constexpr (gated) return _mm512_mul_ps(rounded(activated<kind>(x)), up);
+  else return activated<kind>(x);
+}
+
+inline __m512 low(__m512i x) { return widened(_mm512_castsi512_si256(x)); }
+inline __m512 high(__m512i x) { return widened(_mm512_extracti64x4_epi64(x, 1)); }
+
+template <Activation kind, bool gated> void activate_rows(const Activate& what, int64_t first, int64_t last) {
+  for (int64_t row = first; row < last; ++row) {
+    const char* from = static_cast<const char*>(what.x) + row * what.x_stride * 2;
+    char* out = static_cast<char*>(what.out) + row * what.out_stride * 2;
+    for (int64_t i = 0; i < what.size; i += 32) {
+      const int64_t left = what.size - i;
+      const __mmask32 mask = left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
+      const __m512i x = _mm512_maskz_loadu_epi16(mask, from + i * 2);
+      __m512i up = x;
+      if constexpr (gated) up = _mm512_maskz_loadu_epi16(mask, from + (what.size + i) * 2);
+      const __m512 a = one<kind, gated>(low(x), low(up)), b = one<kind, gated>(high(x), high(up));
+      _mm512_mask_storeu_epi16(out + i * 2, mask, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+    }
+  }
+}
+
+template <bool gated> void activate_kind(const Activate& what, int64_t first, int64_t last) {
+  switch (what.kind) {
+    case Activation::silu: return activate_rows<Activation::silu, gated>(what, first, last);
+    case Activation::gelu: return activate_rows<Activation::gelu, gated>(what, first, last);
+    case Activation::gelu_tanh: return activate_rows<Activation::gelu_tanh, gated>(what, first, last);
+    case Activation::relu: return activate_rows<Activation::relu, gated>(what, first, last);
+    case Activation::swiglu_oai: return activate_rows<Activation::swiglu_oai, true>(what, first, last);
+  }
+}
+
+}  // namespace
+
+void activate(const Activate& what, int64_t first, int64_t last) {
+  return what.gated ? activate_kind<true>(what, first, last) : activate_kind<false>(what, first, last);
+}
+
+}  // namespace amx
+}  // namespace cpu_ops
