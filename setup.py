@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))  # as pip runs this file, its own folder is not where Python looks
 
 from csrc import cuda_build  # noqa: E402
+from engines import sources  # noqa: E402
 
 CUDA = "engines._cuda_ops"
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc" / "cpu").glob("*.cpp"))
@@ -99,6 +100,7 @@ class BuildExt(build_ext):
         assert command is not None
         assert torch is not None
         flags = [*FLAGS, f"-DTORCH_TARGET_VERSION={TARGET_VERSION}", f"-I{torch / 'include'}"]
+        flags.append(f"-DCPU_OPS_SOURCES={sources.digest(ROOT / 'csrc' / 'cpu')}")
         x86 = platform.machine() in ("x86_64", "AMD64")
         if x86:
             flags.append("-DCPU_OPS_X86")

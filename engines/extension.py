@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from engines import sources
+
 
 @dataclass(frozen=True)
 class Library:
@@ -15,10 +17,13 @@ class Library:
     disable: str
     """The environment variable that leaves it out."""
     remedy: str
+    sources: Path | None = None
+    """The folder that it is built from, in a checkout; an installed package has none."""
 
 
 LIBRARY = Path(__file__).parent / "_cpu_ops.so"
-CPU = Library(LIBRARY, "DISABLE_CPU_EXTENSION", "reinstall with a C++20 compiler on PATH")
+CSRC = LIBRARY.parents[1] / "csrc"
+CPU = Library(LIBRARY, "DISABLE_CPU_EXTENSION", "reinstall with a C++20 compiler on PATH", CSRC / "cpu")
 CUDA = Library(LIBRARY.with_name("_cuda_ops.so"), "DISABLE_CUDA_ENGINE", "reinstall with nvcc on PATH")
 
 
@@ -34,8 +39,13 @@ def reason(library: Library = CPU) -> str | None:
 def load(library: Library = CPU) -> None:
     """Makes torch.ops.cpu_ops (cuda_ops) callable; does nothing the second time.
 
-    Raises OSError when the library is there but does not load, as one that was built against a newer torch.
+    Raises OSError when the library is there but does not load, as one that was built against a newer torch, or when it
+    was built from other sources than those beside it.
     """
+    if str(library.path) in torch.ops.loaded_libraries:
+        return
+    if library.sources is not None and library.sources.is_dir():
+        _check_sources(library.path, library.sources, library.disable)
     try:
         torch.ops.load_library(library.path)
     except OSError as error:
@@ -43,3 +53,14 @@ def load(library: Library = CPU) -> None:
             f"{library.path.name}: {error}; expected a library built for this torch ({torch.__version__}); "
             f"reinstall the project, or set {library.disable}=1 to run without it"
         ) from error
+
+
+def _check_sources(path: Path, folder: Path, disable: str) -> None:
+    mark, expected = sources.MARK.encode(), sources.digest(folder)
+    _, _, rest = path.read_bytes().partition(mark)
+    found = rest[: len(expected)].decode("ascii", "replace") if rest else "none"
+    if found != expected:
+        raise OSError(
+            f"{path.name}: built from sources with digest {found}; expected {expected}, that of {folder.parent.name}/"
+            f"{folder.name}; run 'python setup.py build_ext --inplace', or set {disable}=1 to run without it"
+        )

@@ -11,6 +11,12 @@
 #include <cstdlib>
 #include <string>
 
+// What engines/sources.py finds in the library's file; CPU_OPS_SOURCES is the digest that setup.py gives.
+#define CPU_OPS_TEXT_OF(x) #x
+#define CPU_OPS_TEXT(x) CPU_OPS_TEXT_OF(x)
+extern "C" __attribute__((used, visibility("default"))) const char cpu_ops_sources[] =
+    "cpu_ops sources " CPU_OPS_TEXT(CPU_OPS_SOURCES);
+
 namespace cpu_ops {
 namespace {
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from engines import extension, platform
+from engines import extension, platform, sources
 from engines.cpu import attention, linear
 from engines.cpu.offers import COMPILED
 from engines.cpu.opset import OpSet
@@ -186,11 +188,31 @@ def test_the_library_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_library_that_does_not_load_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.delenv("DISABLE_CPU_EXTENSION", raising=False)
-    library = replace(extension.CPU, path=tmp_path / "_cpu_ops.so")
+    library = replace(extension.CPU, path=tmp_path / "_cpu_ops.so", sources=None)
     assert extension.reason(library) == "_cpu_ops.so was not built; reinstall with a C++20 compiler on PATH"
     library.path.write_bytes(b"not a library")
     assert extension.reason(library) is None
     with pytest.raises(OSError, match=r"expected a library built for this torch .*; reinstall the project"):
+        extension.load(library)
+
+
+@needs_library
+@pytest.mark.parametrize("change", ("edit", "add", "none exported"))
+def test_a_library_of_other_sources_is_refused(tmp_path: Path, change: str) -> None:
+    csrc = tmp_path / "csrc" / "cpu"
+    shutil.copytree(extension.CPU.sources, csrc)
+    library = replace(extension.CPU, path=tmp_path / "_cpu_ops.so", sources=csrc)
+    built = extension.LIBRARY.read_bytes()
+    found = sources.digest(csrc)
+    if change == "edit":
+        (csrc / "isa.h").write_text("// other")
+    elif change == "add":
+        (csrc / "more.cpp").touch()
+    else:
+        built, found = built.replace(sources.MARK.encode(), b"-" * len(sources.MARK)), "none"
+    library.path.write_bytes(built)
+    expected = rf"built from sources with digest {found}; expected {sources.digest(csrc)}, that of csrc/cpu; run"
+    with pytest.raises(OSError, match=expected):
         extension.load(library)
 
 
