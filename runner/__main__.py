@@ -38,6 +38,7 @@ from runner.config import JobConfig
 from runner.errors import ConfigError, Interrupted, RunnerError
 from runner.naming import job_name
 from runner.secrets import mask
+from runner.storage import join, local_folder
 
 CONFIG_NAME = "config"
 INTERNAL_ERROR = 70
@@ -84,7 +85,7 @@ def run_one(cfg: DictConfig) -> int:
             _mask_record(hydra.sweep.dir)
             _say(f"--- job {hydra.job.num}: {cfg.name}")
         job = config.load(cfg)
-        folder = Path(job.output.folder) / job.name
+        folder = local_folder(join(job.output.folder, job.name))
         return _run(job)
     except RunnerError as error:
         _say(str(error))
@@ -100,7 +101,7 @@ def _run(job: JobConfig) -> int:
         from runner.source import open_source
         from runner.verify import verify
 
-        report = verify(str(Path(job.output.folder) / job.name), open_source(job.dataset))
+        report = verify(join(job.output.folder, job.name), open_source(job.dataset))
         _print(mask(report.text()))
         return report.exit_code
     from runner.plan import make_plan

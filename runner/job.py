@@ -31,6 +31,7 @@ from runner.prompt import load_tokenizer
 from runner.sink import Sink
 from runner.source import Source, open_source
 from runner.stop import ErrorLimit, Stop
+from runner.storage import local_folder
 from runner.tasks import build_task
 from runner.window import CODE_COLUMN, Layout, OpenChunk, Result, without
 
@@ -68,7 +69,7 @@ def run(plan: Plan, engine: Engine | None = None) -> Summary:
     layout = Layout(job, source.schema, task)
     ledger = Ledger.open(plan.output_folder, plan.fingerprint, job.on_change)
     shard = f"shard {job.shard.index}" if job.shard.count > 1 else ""
-    with contextlib.closing(Progress(ledger.folder, shard)) as progress, Stop(job, began) as stop:
+    with contextlib.closing(Progress(local_folder(ledger.folder), shard)) as progress, Stop(job, began) as stop:
         if ledger.finished and not job.retry_errors:
             if ledger.storage.size(OUTPUT_FILE) is None:
                 write_batch(job, ledger)

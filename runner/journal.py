@@ -30,8 +30,6 @@ from runner.chunk import ROW_COLUMN, Chunk, Part
 from runner.errors import InputError
 from runner.storage import JOURNAL_FOLDER, AppendFile, Storage, open_storage
 
-ROLL_BYTES = 32 << 20
-"""A file that has grown beyond this is followed by a new one, so that old ones can be deleted."""
 _MAGIC = b"BRJ1"
 _HEADER = struct.Struct("<4sIQ")
 _PAYLOAD = struct.Struct("<QIH")
@@ -152,7 +150,7 @@ class Journal:
             self._close_file()
             raise
         self._buffer.clear()
-        if appender.size >= ROLL_BYTES:
+        if appender.size >= self._storage.roll_bytes:
             self._close_file()
 
     def drop(self, chunk_index: int) -> None:

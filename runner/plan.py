@@ -27,6 +27,7 @@ from runner.memory import Memory, gb, memory_notes, memory_of
 from runner.schema import out_of_bounds
 from runner.secrets import mask_tree
 from runner.source.paths import shown_url
+from runner.storage import join
 
 if TYPE_CHECKING:
     from runner.inspect import Inspection
@@ -71,7 +72,7 @@ class Plan:
 
     @property
     def output_folder(self) -> str:
-        return str(Path(self.job.output.folder) / self.job.name)
+        return join(self.job.output.folder, self.job.name)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without credentials."""

@@ -91,19 +91,19 @@ class Progress:
     """Shows how a run goes: a bar on a terminal, else a line now and then; the lines are in the log in any case.
 
     Args:
-        folder: The job's output folder.
+        folder: The job's output folder, or where its URL has no place for what grows.
         label: Stands before each line where several processes share the log; may be empty.
         total_rows: Rows that this run will read, before any filter; None if that is not known.
     """
 
-    def __init__(self, folder: str, label: str = "", total_rows: int | None = None) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    def __init__(self, folder: Path, label: str = "", total_rows: int | None = None) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
         self.total_rows = total_rows
         self._label = f"{label}: " if label else ""
         self._began = self._last_line = self._last_bar = time.monotonic()
         self._last = Counts()
-        self._log = _open(Path(folder) / LOG_FILE)
-        self._metrics = _open(Path(folder) / METRICS_FILE)
+        self._log = _open(folder / LOG_FILE)
+        self._metrics = _open(folder / METRICS_FILE)
         self._bar: Any = None
 
     def start(self) -> None:

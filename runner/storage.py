@@ -2,8 +2,9 @@
 
 Each operation is durable when it returns, and is seen by others either whole or not at all; a crash inside one leaves
 at most a temporary file, which no reader looks at. `Storage` asks for nothing that an object store with a conditional
-put cannot do: `create` is a put-if-absent, `publish` a copy followed by a delete. What is here is for a folder, local
-or on NFS or Lustre: exclusive creation is link(2), which is atomic on all three, and replacement is rename(2).
+put cannot do: `create` is a put-if-absent, `publish` a copy followed by a delete (runner/object_storage.py). What is
+here is for a folder, local or on NFS or Lustre: exclusive creation is link(2), which is atomic on all three, and
+replacement is rename(2).
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ JOURNAL_FOLDER = "journal"
 """Folder of finished rows of open chunks."""
 PARTS_FOLDER = "parts"
 """Folder of the committed parts: what readers open."""
+FAULTS = "RUNNER_FAULTS"
+"""Environment variable that has storage fail or the process end at a chosen step, for tests: see runner/faults.py."""
 
 
 def part_path(chunk_index: int) -> str:
@@ -63,6 +66,8 @@ class Storage(Protocol):
     """An output folder. Paths are relative to it, with forward slashes."""
 
     root: str
+    roll_bytes: int
+    """Size beyond which what is appended goes on in a new file."""
 
     def create(self, path: str, data: bytes) -> bool:
         """Make a file with this content, unless there is one: False if another's is there.
@@ -99,19 +104,39 @@ class Storage(Protocol):
         """Delete a file if it is there."""
 
 
+def join(folder: str, name: str) -> str:
+    """The output folder of a job: `name` in a folder, or below a URL."""
+    return f"{folder.rstrip('/')}/{name}" if "://" in folder else str(Path(folder) / name)
+
+
+def local_folder(folder: str) -> Path:
+    """Where what only people read goes (run.log, metrics.jsonl): the folder itself, or one of its name in outputs/."""
+    return Path("outputs", folder.rstrip("/").rpartition("/")[2]) if "://" in folder else Path(folder)
+
+
 def open_storage(folder: str) -> Storage:
-    """The storage of an output folder. Raises OutputError for a URL."""
-    if "://" in folder:
-        scheme = folder.split("://", 1)[0]
+    """The storage of an output folder. Raises OutputError for a URL that none is written for."""
+    if "://" not in folder:
+        if FAULTS in os.environ:
+            from runner.faults import FaultyStorage
+
+            return FaultyStorage(folder, os.environ[FAULTS])
+        return LocalStorage(folder)
+    from runner.object_storage import SCHEMES, ObjectStorage
+
+    scheme = folder.split("://", 1)[0]
+    if scheme not in SCHEMES:
         raise OutputError(
-            f"output.folder: a {scheme}:// URL; expected a folder on a local or shared file system; "
-            "mount the store or write locally and copy the parts"
+            f"output.folder: a {scheme}:// URL; expected a folder on a local or shared file system, or a URL that "
+            f"begins with {', '.join(f'{name}://' for name in SCHEMES)}; write to one of them"
         )
-    return LocalStorage(folder)
+    return ObjectStorage(folder)
 
 
 class LocalStorage:
     """A folder of a POSIX file system."""
+
+    roll_bytes = 32 << 20
 
     def __init__(self, root: str) -> None:
         self.root = root

@@ -28,7 +28,7 @@ def test_duration(seconds: float, text: str) -> None:
 def test_lines_and_metrics(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     clock = iter(range(0, 1000, 20))
     monkeypatch.setattr(progress_module.time, "monotonic", lambda: next(clock))
-    progress = Progress(str(tmp_path), "shard 3", total_rows=100)
+    progress = Progress(tmp_path, "shard 3", total_rows=100)
     progress.start()
     counts = Counts(num_rows=20, num_prompt_tokens=400, num_output_tokens=40, errors=Counter(too_long=2))
     progress.update(counts, 20, STATS)
@@ -47,7 +47,7 @@ def test_lines_and_metrics(tmp_path: Path, capsys: Any, monkeypatch: Any) -> Non
 def test_a_bar_on_a_terminal(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(progress_module, "BAR_INTERVAL_S", 0.0)
-    progress = Progress(str(tmp_path), total_rows=100)
+    progress = Progress(tmp_path, total_rows=100)
     progress.start()
     progress.update(Counts(num_rows=50), 50, STATS)
     progress.say("a line [not markup]")

@@ -12,11 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import runner.journal
 from runner.chunk import ROW_COLUMN, Part
 from runner.errors import InputError
 from runner.journal import Journal, decode_frames, encode_frame
-from runner.storage import open_storage
+from runner.storage import LocalStorage, open_storage
 from tests.runner.output.cases import SCHEMA, chunk, names, table
 
 FRAMES = [encode_frame(index, 0, "id", table(index)) for index in range(4)]
@@ -129,7 +128,7 @@ def test_unsynced_rows_of_a_committed_chunk_are_never_written(tmp_path: Path) ->
 
 
 def test_files_are_deleted_when_their_chunks_are_committed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runner.journal, "ROLL_BYTES", 1)
+    monkeypatch.setattr(LocalStorage, "roll_bytes", 1)
     journal = Journal.open(str(tmp_path), SCHEMA, "w")
     for index in range(50):
         journal.append(index, table(index))
