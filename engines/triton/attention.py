@@ -53,11 +53,13 @@ def prefill_tiles(sm: tuple[int, int], itemsize: int, head_dim: int) -> Tiles:
         return Tiles(64, 64, 4, 1)
     if itemsize == 4 or sm < (8, 0):
         return Tiles(32, 32, 4, 2)
-    if head_dim > 128:
-        return Tiles(128, 64, 8, 2) if sm[0] == 9 else Tiles(64, 32, 4, 2)
     if sm[0] in (9, 10):
-        return Tiles(128, 64, 8, 3) if head_dim > 64 else Tiles(128, 128, 8, 3)
-    return Tiles(128, 64, 8, 2) if sm == (8, 0) else Tiles(64, 64, 4, 2)
+        if head_dim > 128:
+            return Tiles(128, 32, 8, 2)
+        return Tiles(128, 64 if head_dim > 64 else 128, 8, 3)
+    if head_dim > 128:
+        return Tiles(64, 32, 8, 2)
+    return Tiles(128, 32 if head_dim > 64 else 64, 8, 2)
 
 
 def decode_tiles(sm: tuple[int, int], itemsize: int, head_dim: int, group: int) -> Tiles:

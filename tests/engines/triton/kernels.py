@@ -1,4 +1,4 @@
-"""The Triton kernels as they are to be timed on a GPU: the works that the CUDA kernels have, and encoders' and scores'."""
+"""The Triton kernels as they are to be timed on a GPU: the works of the CUDA kernels, and those of encoders."""
 
 from __future__ import annotations
 

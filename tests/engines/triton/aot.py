@@ -1,0 +1,135 @@
+"""Compiles Triton's kernels for GPUs that are not here, in a process of its own without the interpreter.
+
+`python -m tests.engines.triton.aot 90 attention [128]` prints a JSON list: what the code of each kernel (named so at its
+end) takes of a multiprocessor.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from engines.triton import activation, attention, kv_cache, norm, rotary, sampling
+from engines.triton.launch import power_of_two, warps
+
+Build = tuple[str, Any, dict[str, Any], dict[str, str], int, int]
+"""(name, kernel, constants, types of arguments that are not pointers to the compute dtype, warps, stages)"""
+INTEGERS = ("offsets_ptr", "lens_ptr", "tables_ptr", "prompt_ptr", "output_ptr")
+LONG = ("slots_ptr", "positions_ptr", "top_k_ptr", "stream_ptr", "position_ptr", "targets_ptr")
+FLOATS = ("sinks_ptr", "parts_ptr", "sums_ptr", "temperature_ptr", "top_p_ptr", "min_p_ptr", "repetition_ptr",
+          "presence_ptr", "frequency_ptr")  # fmt: skip
+
+
+def builds(sm: int, group: str) -> Iterator[Build]:
+    if group == "attention":
+        for head_dim, options in (
+            (128, {}),
+            (80, {"WINDOW": True, "SOFTCAP": True, "SINKS": True}),
+            (256, {}),
+            (64, {}),
+        ):
+            yield from attentions(divmod(sm, 10), head_dim, options)
+    elif group == "elementwise":
+        yield from elementwise()
+    else:
+        vocab = {"B": sampling.BLOCK}
+        logits = {"logits_ptr": "*fp32"}
+        yield "sample", sampling.sample_kernel, vocab, {**logits, "out_ptr": "*i64"}, 8, 3
+        yield "apply_penalties", sampling.penalties_kernel, vocab, {**logits, "out_ptr": "*fp32"}, 4, 3
+        yield "log_softmax_gather", sampling.log_softmax_gather_kernel, vocab, {"out_ptr": "*fp32"}, 8, 3
+
+
+def attentions(sm: tuple[int, int], head_dim: int, options: dict[str, bool]) -> Iterator[Build]:
+    first, second = attention.halves(head_dim)
+    flags = {"WINDOW": False, "SOFTCAP": False, "SINKS": False, **options}
+    heads = {"KV_HEADS": 8, "GROUP": 4, "D": head_dim, "D0": first, "D1": second, "BLOCK_SIZE": 32, **flags}
+    if not flags["SINKS"]:
+        heads["sinks_ptr"] = None
+    for paged in (True, False) if not options else (True,):
+        tiles = attention.prefill_tiles(sm, 2, head_dim)
+        own = {**heads, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "PAGED": paged}
+        if not paged:
+            own |= {"GROUP": 1, "BLOCK_SIZE": 1, "tables_ptr": None}
+        name = "prefill" if paged else "encoder"
+        yield f"{name} {head_dim}", attention.prefill_kernel, own, {}, tiles.num_warps, tiles.num_stages
+    tiles = attention.decode_tiles(sm, 2, head_dim, 4)
+    own = {**heads, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
+    yield f"decode {head_dim}", attention.decode_kernel, own, {}, tiles.num_warps, tiles.num_stages
+    own = {"D": head_dim, "D_BLOCK": power_of_two(head_dim), "S_BLOCK": 64, "BLOCK_N": tiles.block_n}
+    yield f"join {head_dim}", attention.join_kernel, {**own, "WINDOW": flags["WINDOW"]}, {}, 4, 3
+
+
+def elementwise() -> Iterator[Build]:
+    rows = {"N": 8192, "R": 1, "BLOCK": 8192, "ADD": True}
+    yield "add_rms_norm", norm.rms_norm_kernel, {**rows, "OFFSET": False}, {}, warps(8192), 3
+    yield "layer_norm", norm.layer_norm_kernel, rows, {}, warps(8192), 3
+    for name in ("silu", "gelu", "gelu_tanh", "swiglu_oai"):
+        own = {"N": 14336, "NAME": name, "B": activation.BLOCK}
+        yield f"act_and_mul {name}", activation.act_and_mul_kernel, own, {}, 4, 3
+    own = {"N": 128256, "NAME": "softcap", "B": activation.BLOCK}
+    yield "softcap", activation.elementwise_kernel, own, {"cap": "fp32"}, 4, 3
+    own = {"HEADS": 32, "KV_HEADS": 8, "HEADS_BLOCK": 32, "KV_HEADS_BLOCK": 8, "HALF": 64, "HALF_BLOCK": 64}
+    yield "rope", rotary.rope_kernel, own, {}, warps(32 * 64), 3
+    own = {"BLOCK_SIZE": 32, "HEADS": 8, "HEADS_BLOCK": 8, "D": 128, "D_BLOCK": 128}
+    yield "write_kv", kv_cache.write_kv_kernel, own, {}, warps(8 * 128), 3
+
+
+def type_of(name: str, dtype: str, types: dict[str, str]) -> str:
+    if name in types:
+        return types[name]
+    for names, kind in ((INTEGERS, "*i32"), (LONG, "*i64"), (FLOATS, "*fp32")):
+        if name in names:
+            return kind
+    if name.endswith("_ptr"):
+        return f"*{dtype}"
+    return "fp32" if name in ("scale", "softcap", "eps", "offset") else "i32"
+
+
+def compiled(build: Build, sm: int) -> dict[str, Any]:
+    name, kernel, constants, types, num_warps, num_stages = build
+    names = list(kernel.arg_names)
+    dtype = "bf16" if sm >= 80 else "fp16"
+    signature = {n: "constexpr" if n in constants else type_of(n, dtype, types) for n in names}
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, n in enumerate(names)
+        if n not in constants and (n.endswith(("_ptr", "_stride")))
+    }
+    source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()}, aligned)
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    made = triton.compile(source, target=GPUTarget("cuda", sm, 32), options=options)
+    return {"name": name, "shared": made.metadata.shared, "threads": 32 * num_warps, **resources(made.asm["cubin"])}
+
+
+def resources(cubin: bytes) -> dict[str, Any]:
+    """Registers, stack bytes, and products of the tensor cores, as cuobjdump reads them."""
+    program = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        said = subprocess.run([program, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+        code = subprocess.run([program, "--dump-sass", file.name], capture_output=True, text=True, check=True)
+    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said.stdout)}
+    instructions = re.findall(r"\b(HGMMA|HMMA|STL|LDL)\b", code.stdout)
+    return {
+        "registers": found["REG"],
+        "stack": found["STACK"] + found["LOCAL"],
+        "spills": sum(i in ("STL", "LDL") for i in instructions),
+        "hgmma": instructions.count("HGMMA"),
+        "hmma": instructions.count("HMMA"),
+    }
+
+
+if __name__ == "__main__":
+    sm, asked, ending = int(sys.argv[1]), sys.argv[2], "".join(sys.argv[3:])
+    print(json.dumps([compiled(build, sm) for build in builds(sm, asked) if build[0].endswith(ending)]))

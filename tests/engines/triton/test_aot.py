@@ -1,0 +1,60 @@
+"""Code of the Triton kernels for GPUs that are not here: within registers and shared memory, on the tensor cores."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[3]
+SHARED = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
+"""Shared memory that a block may have, by compute capability (CUDA C++ programming guide, table of capabilities)."""
+REGISTERS = 65536
+"""Of a multiprocessor."""
+EVERYTHING = [(sm, group, "") for sm in (80, 90, 120) for group in ("attention", "elementwise", "sampling")]
+
+
+def build(sm: int, group: str, ending: str) -> list[dict[str, Any]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-m", "tests.engines.triton.aot", str(sm), group, ending]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr[-2000:]
+    made: list[dict[str, Any]] = json.loads(done.stdout)
+    assert made
+    return made
+
+
+def check(sm: int, kernel: dict[str, Any]) -> None:
+    name = kernel["name"]
+    assert kernel["shared"] <= SHARED[sm], name
+    assert kernel["registers"] * kernel["threads"] <= REGISTERS, name
+    assert kernel["spills"] == kernel["stack"] == 0, f"{name} spills: {kernel}"
+    products = name.split()[0] in ("prefill", "encoder", "decode")
+    if sm == 90 and name.split()[0] in ("prefill", "encoder"):
+        assert kernel["hgmma"] and not kernel["hmma"], f"{name}: no warpgroup products"
+    elif products:
+        assert kernel["hmma"], f"{name}: not on the tensor cores"
+
+
+def test_attention_for_sm_90() -> None:
+    for kernel in build(90, "attention", " 128"):
+        check(90, kernel)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("sm", "group", "ending"), EVERYTHING)
+def test_every_kernel(sm: int, group: str, ending: str) -> None:
+    for kernel in build(sm, group, ending):
+        check(sm, kernel)
+
+
+@pytest.mark.slow
+def test_sm_75_compiles() -> None:
+    """In float16, without tensor cores (Triton has none for it): right, and slow."""
+    for kernel in build(75, "attention", " 64"):
+        assert kernel["shared"] <= SHARED[75]
