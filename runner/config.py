@@ -85,7 +85,7 @@ class OutputConfig:
     """Where and how results are written."""
 
     folder: str = "outputs"
-    """Results go to <folder>/<job name>."""
+    """Results go to <folder>/<job name>: a folder, or s3://, gs://, az:// with credentials in the environment."""
     format: str = bounded("parquet", choices=("parquet", "openai_batch"))
     """parquet, or parquet plus an OpenAI batch result file made from it at the end."""
     keep_columns: list[str] | None = None
