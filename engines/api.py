@@ -6,7 +6,7 @@ caller's process or in another one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -70,6 +70,7 @@ class Request:
     score_from: int = 0
     """For `score`: log-probabilities are wanted of token_ids[score_from:]; at least 1."""
     adapter: str | None = None
+    """One of EngineSettings.adapters; None: the model as it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,6 +171,8 @@ class EngineSettings:
     """Which code runs the layers: this project's decoder, or the fallback through transformers."""
     numerics: Literal["invariant", "fast"] = "invariant"
     """invariant: a request's result does not depend on what else is in the batch."""
+    adapters: Mapping[str, str] = field(default_factory=dict)
+    """LoRA adapters by name: local folder of each."""
     trust_remote_code: bool = False
     """Let transformers run the Python code that the checkpoint brings; for implementation transformers only."""
 

@@ -44,6 +44,8 @@ class Batch:
     prefix_groups: tuple[PrefixGroup, ...] = field(default=())
     seq_ids: tuple[int, ...] = ()
     """One id a sequence, stable over its life: for models that keep their own state instead of the paged cache."""
+    adapter_ids: torch.Tensor | None = None
+    """[num_tokens] int64: each token's adapter by its place in the model's `adapters`, -1: none; None: none has one"""
     context_keys: torch.Tensor | None = None
     """[num_seqs] int64: each sequence's Model.context_key; None where all are 0."""
 

@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from engines.adapters import Adapters
 from engines.api import CheckpointError
 from engines.checkpoint import FLOAT_DTYPES, Checkpoint, inside
 from engines.models.spec import CheckpointLayout, PackedModules
@@ -60,6 +61,7 @@ class Weights:
     """The tensor that is looked for to find the prefix."""
     heads: tuple[str, ...] = ("lm_head", "score", "classifier")
     """Modules that stand outside the prefix."""
+    adapters: Adapters | None = None
     taken: set[str] = field(default_factory=set)
     problems: list[str] = field(default_factory=list)
     _files: dict[str, Any] = field(default_factory=dict, init=False)
@@ -137,6 +139,14 @@ class Weights:
         torch.cat([part.reshape(-1, *row_shape) for part in parts], out=out)
         return out
 
+    def read_adapters(self, source: LinearSource) -> tuple[Tensor, Tensor] | None:
+        """What the job's adapters add to a source, as the op `lora` takes it; None: nothing."""
+        if self.adapters is None:
+            return None
+        modules, order = self.modules(source)
+        found = self.adapters.read(modules, source.in_features, self.dtype, self.device)
+        return found if found is None or order is None else (found[0], found[1][:, order])
+
     def close(self) -> None:
         self._files.clear()
 
@@ -189,7 +199,7 @@ def check(make: Callable[[Weights], object], weights: Weights, ignored: Sequence
     """Compare what `make` takes with what the checkpoint has, reading headers only.
 
     ignored: regular expressions of names, beside the layout's own. Raises CheckpointError with all that is missing,
-    unexpected, of the wrong shape or type.
+    unexpected, of the wrong shape or type, UnsupportedModelError for parts of adapters that nothing took.
     """
     probe = replace(weights, device=torch.device("meta"), taken=set(), problems=[])
     make(probe)
@@ -200,6 +210,8 @@ def check(make: Callable[[Weights], object], weights: Weights, ignored: Sequence
     problems = [*probe.problems, *(f"unexpected: {n} {list(checkpoint.tensors[n].shape)}" for n in unexpected)]
     if problems:
         raise CheckpointError(_message(checkpoint, problems))
+    if weights.adapters is not None:
+        weights.adapters.check()
 
 
 def _message(checkpoint: Checkpoint, problems: list[str]) -> str:

@@ -39,7 +39,12 @@ class ModelConfig:
     max_model_len: int | None = bounded(None, ge=1)
     """Longest prompt + output in tokens; null: what the checkpoint allows."""
     adapters: dict[str, str] = field(default_factory=dict)
-    """LoRA adapters by name: folder of each."""
+    """LoRA adapters by name: folder of each, as PEFT's save_pretrained writes it."""
+    adapter: str | None = None
+    """The adapter of rows that name none; null: the model as it is."""
+    adapter_column: str | None = None
+    """Column that names each row's adapter; where it is null, `adapter` applies. Rows with different adapters run
+    together."""
     trust_remote_code: bool = False
     """Run Python code that the checkpoint brings. Off: such a checkpoint is refused."""
 
@@ -277,7 +282,18 @@ def devices_used(parallelism: ParallelismConfig) -> int:
 
 def combinations(job: JobConfig, kind: str | None) -> list[str]:
     """What is wrong with values that are each sound, a line for each finding. kind: what the task asks of an engine."""
-    return [*_sampling_findings(job, kind), *_output_findings(job), *_run_findings(job)]
+    return [*_model_findings(job), *_sampling_findings(job, kind), *_output_findings(job), *_run_findings(job)]
+
+
+def _model_findings(job: JobConfig) -> Iterator[str]:
+    model = job.model
+    known = ", ".join(model.adapters) or "none"
+    if model.adapter is not None and model.adapter not in model.adapters:
+        yield f"model.adapter: {model.adapter!r}; expected one of model.adapters, which are {known}; correct the name"
+    if model.adapter_column is not None and not model.adapters:
+        yield f"model.adapter_column: {model.adapter_column!r} without model.adapters; expected both or none; add them"
+    if model.adapters and model.adapter is None and model.adapter_column is None:
+        yield f"model.adapters: {known}, and no row uses one; expected model.adapter or model.adapter_column; set it"
 
 
 def _sampling_findings(job: JobConfig, kind: str | None) -> Iterator[str]:

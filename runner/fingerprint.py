@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import xxhash
@@ -16,7 +17,9 @@ LONGEST = 120
 """Characters; longer values stand as a digest."""
 
 
-def fingerprint(job: JobConfig, settings: EngineSettings, model_digest: str) -> dict[str, str]:
+def fingerprint(
+    job: JobConfig, settings: EngineSettings, model_digest: str, adapter_digests: Mapping[str, str]
+) -> dict[str, str]:
     """Dotted configuration key -> value. Two jobs with equal fingerprints may share an output folder.
 
     Not in it: what only steers the run (mode, shard, limits on time and errors, journal, host), how results are stored
@@ -24,7 +27,9 @@ def fingerprint(job: JobConfig, settings: EngineSettings, model_digest: str) -> 
     """
     values: dict[str, Any] = {
         "model": model_digest,
-        "model.adapters": job.model.adapters,
+        "model.adapters": adapter_digests,
+        "model.adapter": job.model.adapter,
+        "model.adapter_column": job.model.adapter_column,
         "backend": settings.backend,
         "implementation": settings.implementation,
         "dtype": settings.dtype,

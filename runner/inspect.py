@@ -159,6 +159,8 @@ def check_columns(job: JobConfig, task: Task, source: Source) -> None:
     wanted = dict.fromkeys(task.columns, f"task {job.task.name}")
     wanted |= {column: f"sampling.columns.{key}" for key, column in job.sampling_columns.items()}
     wanted |= dict.fromkeys(job.output.keep_columns or [], "output.keep_columns")
+    if job.model.adapter_column is not None:
+        wanted[job.model.adapter_column] = "model.adapter_column"
     if job.dataset.id_column is not None:
         wanted[job.dataset.id_column] = "dataset.id_column"
     findings = []

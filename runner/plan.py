@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from engines import discover
+from engines.adapters import digest
 from engines.api import CheckpointError, EngineConfig, EngineSettings, Kind, Requirement, UnsupportedModelError
 from engines.capability import Offer, difference, quantization_attributes, reference_ops
 from engines.checkpoint import Checkpoint, open_checkpoint
@@ -107,7 +108,11 @@ def make_plan(job: JobConfig) -> Plan:
         raise InputError(f"model.path: {error}") from None
     through_transformers = checkpoint.architecture in discover.transformers_causal_architectures()
     plan = resolve(job, checkpoint, host, task_kind(job), through_transformers)
-    plan = replace(plan, fingerprint=fingerprint(job, plan.settings, checkpoint.digest()))
+    try:
+        adapters = {name: digest(path) for name, path in job.model.adapters.items()}
+    except CheckpointError as error:
+        raise InputError(f"model.adapters: {error}") from None
+    plan = replace(plan, fingerprint=fingerprint(job, plan.settings, checkpoint.digest(), adapters))
     if planning:
         from runner.inspect import inspect
 
@@ -171,6 +176,7 @@ def resolve(job: JobConfig, checkpoint: Checkpoint, host: Host, kind: Kind, thro
         eos_token_ids=checkpoint.eos_token_ids,
         implementation="native" if spec else "transformers",
         numerics="fast" if job.numerics == "fast" else "invariant",
+        adapters=job.model.adapters,
         trust_remote_code=spec is None and not through_transformers,
     )
     on_cpu, tp = chosen.engine == "cpu", job.parallelism.tp
@@ -357,8 +363,9 @@ def needs(job: JobConfig, checkpoint: Checkpoint, spec: ModelSpec | None, dtype:
     needed = [Requirement("parallelism", {key: value for key, value in spread.items() if value > 1})]
     if spec is None:
         kept = {} if kv_dtype == "auto" else {"kv_dtype": kv_dtype}
-        needed.append(Requirement("transformers_model", {"dtype": dtype, **quantization, **kept}))
-        return needed + ([Requirement("lora", {"dtype": dtype})] if job.model.adapters else [])
+        adapted = {"adapters": True} if job.model.adapters else {}
+        needed.append(Requirement("transformers_model", {"dtype": dtype, **kept, **adapted, **quantization}))
+        return needed
     return needed + requirements(spec, dtype, kind, quantization, adapters=bool(job.model.adapters), kv_dtype=kv_dtype)
 
 

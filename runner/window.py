@@ -56,6 +56,8 @@ class Layout:
             ]
         )
         wanted = [*self.kept, *task.columns, *job.sampling_columns.values()]
+        if job.model.adapter_column is not None:
+            wanted.append(job.model.adapter_column)
         self.columns = list(dict.fromkeys(wanted))
         """Input columns to be read."""
 

@@ -99,7 +99,7 @@ def numbers(*shape: int, dtype: torch.dtype, seed: int = 0, stretch: float = 1.0
 def cases() -> tuple[Case, ...]:
     makers = (
         norms, activations, rotations, cache_writes, attentions, quantized_caches, latents, encoders, products,
-        quantized_products, experts, choices,
+        quantized_products, adapted, experts, choices,
     )  # fmt: skip
     return tuple(itertools.chain.from_iterable(make() for make in makers))
 
@@ -342,6 +342,24 @@ def quantized_products() -> Iterator[Case]:
                 return numbers(rows, size, dtype=dtype).contiguous(), quantized_weights(out, size)[name], offset
 
             yield Case("linear", f"{name} {rows}x{size}x{out}{'+bias' if bias else ''}", make, {})
+
+
+def adapted() -> Iterator[Case]:
+    """Tokens without an adapter, adapters without a token, an adapter that is filled up with zeros."""
+    for rows, size, out, rank, count in ((0, 64, 8, 4, 2), (1, 1, 1, 1, 1), (9, 70, 33, 5, 4), (130, 64, 96, 16, 3)):
+
+        def make(
+            dtype: torch.dtype, rows: int = rows, size: int = size, out: int = out, rank: int = rank, count: int = count
+        ) -> tuple[Any, ...]:
+            a, b = (numbers(count, *shape, dtype=dtype, seed=i).contiguous() for i, shape in
+                    ((1, (rank, size)), (2, (out, rank))))  # fmt: skip
+            a[0, rank // 2 :], b[0, :, rank // 2 :] = 0.0, 0.0
+            ids = torch.arange(rows) * 3 % (count + 1) - 1
+            if rows > 1:
+                ids[ids == count - 1] = -1
+            return numbers(rows, out, dtype=dtype).contiguous(), numbers(rows, size, dtype=dtype, seed=3), a, b, ids
+
+        yield Case("lora", f"{rows}x{size}x{out}/{rank}", make, {}, modifies=(0,))
 
 
 def experts() -> Iterator[Case]:

@@ -99,6 +99,9 @@ class LLMEngine:
                     "too_long",
                     f"the prompt has {count} tokens; the KV cache holds {held}; raise backend_config.kv_cache_bytes",
                 )
+        if request.adapter is not None and request.adapter not in self.model.adapters:
+            known = ", ".join(self.model.adapters) or "none"
+            return ErrorInfo("unknown_adapter", f"there is no adapter {request.adapter!r}; the job has {known}")
         if min(request.token_ids) < 0 or max(request.token_ids) >= self.model.vocab_size:
             return ErrorInfo("bad_token", f"a token id is outside the vocabulary of {self.model.vocab_size}")
         if request.kind == "score" and not 1 <= request.score_from < count:
@@ -116,6 +119,7 @@ class LLMEngine:
             max_num_tokens=min(most, self.max_model_len),
             reusable_tokens=self.pooler.reusable_tokens(request.kind, len(token_ids), request.score_from),
             token_ids=token_ids,
+            adapter_id=self.model.adapters.index(request.adapter) if request.adapter is not None else -1,
             num_prompt_tokens=len(token_ids),
         )
 

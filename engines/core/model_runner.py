@@ -100,6 +100,7 @@ class ModelRunner:
             if self.groups_prefixes and len(step) >= MIN_GROUP_SEQS:
                 groups = self._prefix_groups(rows, counts, lengths)
         keys = [s.seq.context_key for s in step]
+        adapters = [s.seq.adapter_id for s in step]
         return Batch(
             token_ids=self._tensor(np.array(token_ids, dtype=np.int64)),
             positions=self._tensor(positions),
@@ -111,6 +112,9 @@ class ModelRunner:
             block_tables=tables,
             output_indices=outputs,
             prefix_groups=groups,
+            adapter_ids=self._tensor(np.repeat(np.array(adapters, dtype=np.int64), counts))
+            if max(adapters) >= 0
+            else None,
             seq_ids=tuple(s.seq.seq_id for s in step),
             context_keys=self._tensor(np.array(keys, dtype=np.int64)) if any(keys) else None,
         )

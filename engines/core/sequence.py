@@ -28,6 +28,8 @@ class Sequence:
     num_cached_tokens: int = 0
     """Prompt tokens whose KV was reused when the sequence was first admitted."""
     context_key: int = 0
+    adapter_id: int = -1
+    """Place of the request's adapter among the model's; -1: none."""
     slot: int = -1
     """Row of the scheduler's block table while running."""
     num_blocks: int = 0
@@ -57,9 +59,10 @@ class Sequence:
         return len(self.token_ids) - self.num_computed_tokens
 
     def digest(self, index: int, block_size: int) -> int:
-        """Identity of the tokens in blocks 0 to index, all full, and of the context key they were computed under."""
+        """Identity of the tokens in blocks 0 to index, all full, and of the context key and adapter that they were
+        computed under."""
         while len(self.digests) <= index:
-            parent = self.digests[-1] if self.digests else self.context_key
+            parent = self.digests[-1] if self.digests else self.context_key | (self.adapter_id + 1) << 64
             start = len(self.digests) * block_size
             tokens = np.array(self.token_ids[start : start + block_size], dtype=np.int32).tobytes()
             self.digests.append(xxhash.xxh3_128_intdigest(parent.to_bytes(16, "little") + tokens))

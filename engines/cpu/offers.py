@@ -56,6 +56,7 @@ OPS: dict[str, dict[str, Allowed]] = {
     "encoder_attention": HEADS,
     "act": {"dtype": DTYPES, "activation": ANYTHING},
     "act_and_mul": {"dtype": DTYPES, "activation": ANYTHING},
+    "lora": {"dtype": DTYPES},
     "softcap": {},
     "sample": {},
     "apply_penalties": {},

@@ -29,9 +29,9 @@ class Attention:
         names = (f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj")
         qkv = LinearSource(names, spec.hidden_size, sizes, spec.qkv_bias, groups=spec.num_key_value_heads)
         self.sizes = list(sizes)
-        self.qkv_proj = Linear(qkv, weights, fmt, ops)
+        self.qkv_proj = Linear(qkv, weights, fmt, ops, adapts=True)
         out = LinearSource((f"{name}.o_proj",), sizes[0], (spec.hidden_size,), spec.o_bias)
-        self.o_proj = Linear(out, weights, fmt, ops)
+        self.o_proj = Linear(out, weights, fmt, ops, adapts=True)
         self.norms = [
             RMSNorm(f"{name}.{which}", spec.head_dim, spec.rms_norm_eps, spec.norm_weight_offset, weights, ops)
             for which in (("q_norm", "k_norm") if spec.qk_norm else ())
@@ -39,8 +39,8 @@ class Attention:
 
     def forward(self, x: Tensor, batch: Batch, cache: KVCache | QuantizedKVCache, rotation: Rotation) -> Tensor:
         """x: [num_tokens, hidden_size]; returns the same shape. Modifies cache."""
-        heads = [part.unflatten(1, (-1, self.head_dim)) for part in self.qkv_proj.forward(x).split(self.sizes, dim=1)]
-        q, k, v = heads
+        qkv = self.qkv_proj.forward(x, batch.adapter_ids).split(self.sizes, dim=1)
+        q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in qkv)
         if self.norms:
             q, k = (norm.forward(part) for norm, part in zip(self.norms, (q, k), strict=True))
         self.ops.rope(q, k, rotation.positions, rotation.cos_sin)
@@ -52,7 +52,7 @@ class Attention:
         else:
             self.ops.write_kv(k, v, cache, batch.slot_mapping)
             out = self.ops.paged_attention(q, cache, batch, *options)
-        return self.o_proj.forward(out.flatten(1))
+        return self.o_proj.forward(out.flatten(1), batch.adapter_ids)
 
 
 class EncoderAttention:

@@ -25,11 +25,18 @@ def select_rows(read: Projection, rows: Tensor) -> Projection:
 class Linear:
     """x: [num_tokens, in_features] -> [num_tokens, out_features of all parts, end to end].
 
-    rows: [n] int64, the output features that are wanted, in that order; None: all.
+    rows: [n] int64, the output features that are wanted, in that order; None: all. adapts: whether adapters of the job
+    apply here; `forward` is then given the tokens' adapters.
     """
 
     def __init__(
-        self, source: LinearSource, weights: Weights, fmt: Format, ops: OpSet, rows: Tensor | None = None
+        self,
+        source: LinearSource,
+        weights: Weights,
+        fmt: Format,
+        ops: OpSet,
+        rows: Tensor | None = None,
+        adapts: bool = False,
     ) -> None:
         self.ops = ops
         read = fmt.read(weights, source)
@@ -40,5 +47,13 @@ class Linear:
         else:
             self.weight = ops.prepare_quantized(read.weight, read.bias, weights.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.linear(x, self.weight)
+        self.adapters = weights.read_adapters(source) if adapts else None
+        if self.adapters is not None and rows is not None:
+            self.adapters = self.adapters[0], self.adapters[1][:, rows]
+
+    def forward(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
+        """adapter_ids: as Batch has them, for the tokens in x."""
+        y = self.ops.linear(x, self.weight)
+        if self.adapters is not None and adapter_ids is not None:
+            self.ops.lora(y, x, *self.adapters, adapter_ids)
+        return y

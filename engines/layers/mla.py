@@ -36,20 +36,19 @@ class LatentAttention:
         self.down_sizes = [mla.q_lora_rank, cached] if mla.q_lora_rank else [cached]
         names = [f"{name}.q_a_proj", f"{name}.kv_a_proj_with_mqa"][-len(self.down_sizes) :]
         down = LinearSource(tuple(names), hidden, tuple(self.down_sizes), bias)
-        self.down_proj = Linear(
-            down, weights, fmt, ops, self._half_split(1, sum(self.down_sizes[:-1]) + mla.kv_lora_rank)
-        )
+        split = self._half_split(1, sum(self.down_sizes[:-1]) + mla.kv_lora_rank)
+        self.down_proj = Linear(down, weights, fmt, ops, split, adapts=True)
         self.q_a_layernorm = None
         if mla.q_lora_rank:
             self.q_a_layernorm = RMSNorm(f"{name}.q_a_layernorm", mla.q_lora_rank, NORM_EPS, 0.0, weights, ops)
             up = LinearSource((f"{name}.q_b_proj",), mla.q_lora_rank, (self.num_heads * self.q_dim,))
         else:
             up = LinearSource((f"{name}.q_proj",), hidden, (self.num_heads * self.q_dim,))
-        self.q_proj = Linear(up, weights, fmt, ops, of_heads)
+        self.q_proj = Linear(up, weights, fmt, ops, of_heads, adapts=True)
         self.kv_a_layernorm = RMSNorm(f"{name}.kv_a_layernorm", mla.kv_lora_rank, NORM_EPS, 0.0, weights, ops)
         self.key_up, self.value_up = self._absorbed(name, weights, fmt)
         out = LinearSource((f"{name}.o_proj",), self.num_heads * mla.v_head_dim, (hidden,), spec.o_bias)
-        self.o_proj = Linear(out, weights, fmt, ops)
+        self.o_proj = Linear(out, weights, fmt, ops, adapts=True)
 
     def _half_split(self, num_heads: int, before: int) -> Tensor | None:
         """Rows of heads of `before` plain and then rotating features, pairs brought half a rotating part apart."""
@@ -73,10 +72,10 @@ class LatentAttention:
     def forward(self, x: Tensor, batch: Batch, cache: LatentCache, rotation: Rotation) -> Tensor:
         """x: [num_tokens, hidden_size]; returns the same shape. Modifies cache."""
         mla = self.mla
-        *compressed, cached = self.down_proj.forward(x).split(self.down_sizes, dim=1)
+        *compressed, cached = self.down_proj.forward(x, batch.adapter_ids).split(self.down_sizes, dim=1)
         if self.q_a_layernorm is not None:
             x = self.q_a_layernorm.forward(compressed[0].contiguous())
-        q = self.q_proj.forward(x).unflatten(1, (self.num_heads, self.q_dim))
+        q = self.q_proj.forward(x, batch.adapter_ids).unflatten(1, (self.num_heads, self.q_dim))
         q_nope, q_rope = q.split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=2)
         latent, k_rope = cached.split([mla.kv_lora_rank, mla.qk_rope_head_dim], dim=1)
         q_rope, k_rope = q_rope.contiguous(), k_rope.contiguous()
@@ -86,4 +85,4 @@ class LatentAttention:
         self.ops.write_latent(torch.cat((latent, k_rope), dim=1), cache, batch.slot_mapping)
         absorbed = torch.cat((self.ops.head_linear(q_nope, self.key_up), q_rope), dim=2)
         out = self.ops.latent_attention(absorbed, cache, batch, self.softmax_scale)
-        return self.o_proj.forward(self.ops.head_linear(out, self.value_up).flatten(1))
+        return self.o_proj.forward(self.ops.head_linear(out, self.value_up).flatten(1), batch.adapter_ids)

@@ -19,11 +19,14 @@ class GatedMLP:
         self.act = spec.hidden_act
         outer, bias = spec.hidden_size, spec.mlp_bias
         gate_up = LinearSource((f"{name}.gate_proj", f"{name}.up_proj"), outer, (inner, inner), bias)
-        self.gate_up_proj = Linear(gate_up, weights, fmt, ops)
-        self.down_proj = Linear(LinearSource((f"{name}.down_proj",), inner, (outer,), bias), weights, fmt, ops)
+        self.gate_up_proj = Linear(gate_up, weights, fmt, ops, adapts=True)
+        down = LinearSource((f"{name}.down_proj",), inner, (outer,), bias)
+        self.down_proj = Linear(down, weights, fmt, ops, adapts=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj.forward(self.ops.act_and_mul(self.gate_up_proj.forward(x), self.act))
+    def forward(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
+        """adapter_ids: as Batch has them, for the tokens in x."""
+        inner = self.ops.act_and_mul(self.gate_up_proj.forward(x, adapter_ids), self.act)
+        return self.down_proj.forward(inner, adapter_ids)
 
 
 class MLP:

@@ -36,13 +36,14 @@ class MixtureOfExperts:
                 LinearSource((f"{name}.shared_expert_gate",), spec.hidden_size, (1,)), weights, fmt, ops
             )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [num_tokens, hidden_size]; returns the same shape."""
+    def forward(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
+        """x: [num_tokens, hidden_size]; returns the same shape. adapter_ids: as Batch has them, for the tokens in x;
+        only the shared expert takes adapters."""
         weights, ids = self.gate.forward(x)
         out = self.ops.fused_experts(x, self.experts, weights, ids, self.act)
         if self.shared_expert is None:
             return out
-        shared = self.shared_expert.forward(x)
+        shared = self.shared_expert.forward(x, adapter_ids)
         if self.shared_gate is not None:
             shared = torch.sigmoid(self.shared_gate.forward(x)) * shared
         return out + shared

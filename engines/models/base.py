@@ -18,6 +18,8 @@ class Model(Protocol):
 
     spec: ModelSpec | None
     """None for a model that runs through transformers."""
+    adapters: tuple[str, ...]
+    """Names of the job's adapters: a request may ask for one of them."""
     vocab_size: int
     hidden_size: int
     max_model_len: int

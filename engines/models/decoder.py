@@ -61,12 +61,14 @@ class DecoderLayer:
         else:
             x, residual = self.before_attention.add(x, residual)
         x = self.attention.forward(x, batch, cache, rotation)
+        adapter_ids = batch.adapter_ids
         if kept is not None:
             x, residual = x[kept], residual[kept]
+            adapter_ids = None if adapter_ids is None else adapter_ids[kept]
         if self.after_attention is not None:
             x = self.after_attention.forward(x)
         x, residual = self.before_mlp.add(x, residual)
-        x = self.mlp.forward(x)
+        x = self.mlp.forward(x, adapter_ids)
         if self.after_mlp is not None:
             x = self.after_mlp.forward(x)
         return x, residual
@@ -82,6 +84,7 @@ class Decoder:
     ) -> None:
         self.spec: ModelSpec | None = spec
         self.ops = ops
+        self.adapters = weights.adapters.names if weights.adapters else ()
         self.vocab_size, self.hidden_size = spec.vocab_size, spec.hidden_size
         self.max_model_len = max_model_len
         self.num_cache_layers = spec.num_hidden_layers

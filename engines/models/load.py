@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 
 from engines import discover
+from engines.adapters import Adapters
 from engines.api import EngineSettings, Kind, UnsupportedModelError
 from engines.checkpoint import Checkpoint, open_checkpoint
 from engines.models.base import Model
@@ -35,6 +36,8 @@ def load_model(settings: EngineSettings, ops: OpSet) -> Model:
                 f"{checkpoint.path}: weights are quantized ({_method(checkpoint)}) and {checkpoint.architecture} runs "
                 "through transformers; expected plain weights; use the unquantized checkpoint"
             )
+        if settings.adapters:
+            raise _no_adapters(settings, checkpoint)
         from engines.models.transformers_model import load_transformers_model
 
         return load_transformers_model(settings, checkpoint, ops)
@@ -46,10 +49,13 @@ def load_model(settings: EngineSettings, ops: OpSet) -> Model:
         )
     spec: ModelSpec = family.spec(checkpoint.config)
     _check_task(settings, spec, checkpoint)
+    if settings.adapters and isinstance(spec, EncoderSpec):
+        raise _no_adapters(settings, checkpoint)
     length = settings.config.max_model_len or spec.max_position_embeddings
     dtype, device = DTYPES[settings.dtype], torch.device(settings.device)
     anchor = "embed_tokens.weight" if isinstance(spec, DecoderSpec) else "embeddings.word_embeddings.weight"
-    weights = Weights(checkpoint, family.CHECKPOINT, dtype, device, anchor)
+    adapters = Adapters(settings.adapters) if settings.adapters else None
+    weights = Weights(checkpoint, family.CHECKPOINT, dtype, device, anchor, adapters=adapters)
 
     def make(source: Weights) -> Model:
         # Packing for an op set needs data: on the meta device the reference forms stand in.
@@ -74,6 +80,13 @@ def weight_format(checkpoint: Checkpoint) -> ModuleType:
     raise UnsupportedModelError(
         f"{checkpoint.path}: weights are quantized ({_method(checkpoint)}); expected one of {', '.join(formats)}; "
         "use the unquantized checkpoint"
+    )
+
+
+def _no_adapters(settings: EngineSettings, checkpoint: Checkpoint) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"model.adapters: {', '.join(settings.adapters)} with {checkpoint.architecture}; expected a decoder of a "
+        "native family; merge the adapter into the checkpoint"
     )
 
 

@@ -470,7 +470,8 @@ def requirements(
     needed = [Requirement("embedding", {"dtype": dtype}), linear]
     needed += _encoder(spec, dtype) if isinstance(spec, EncoderSpec) else _decoder(spec, dtype, said, kv_dtype)
     if adapters:
-        needed.append(Requirement("lora", {"dtype": dtype}))
+        of_encoder = {"encoder": True} if isinstance(spec, EncoderSpec) else {}
+        needed.append(Requirement("lora", {"dtype": dtype, **of_encoder}))
     if kind == "generate":
         needed += [Requirement("sample"), Requirement("apply_penalties"), Requirement("top_logprobs")]
     if kind in ("generate", "score"):

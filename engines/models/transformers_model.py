@@ -142,6 +142,8 @@ class SequenceState:
 class TransformersModel:
     """A causal model of transformers. Satisfies engines.models.base.Model."""
 
+    adapters: tuple[str, ...] = ()
+
     def __init__(self, model: Any, settings: EngineSettings, ops: OpSet) -> None:
         config = model.config.get_text_config()
         self.spec: ModelSpec | None = None

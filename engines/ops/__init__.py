@@ -6,7 +6,7 @@ Shapes, dtypes and rounding are in the docstrings of the references, which are t
 
 from __future__ import annotations
 
-from engines.ops import activation, attention, embedding, kv_cache, linear, moe, norm, rotary, sampling
+from engines.ops import activation, attention, embedding, kv_cache, linear, lora, moe, norm, rotary, sampling
 
 
 class OpSet:
@@ -36,6 +36,7 @@ class OpSet:
     prepare_quantized = linear.prepare_quantized
     head_linear = staticmethod(linear.head_linear)
     linear = staticmethod(linear.linear)
+    lora = staticmethod(lora.lora)
     prepare_experts = moe.prepare_experts
     route = staticmethod(moe.route)
     fused_experts = moe.fused_experts

@@ -41,6 +41,7 @@ class Requests:
         self.samples = job.samples
         self.columns = sorted(set(job.sampling_columns.values()))
         self._overrides = job.sampling_columns
+        self._adapter, self._adapter_column = job.model.adapter, job.model.adapter_column
         self._keys = [key for key in keys(SamplingParams) if key.name in self._overrides]
         names = [f.name for f in fields(SamplingParams)]
         self._sampling = SamplingParams(**{name: getattr(job.sampling, name) for name in names})
@@ -51,6 +52,7 @@ class Requests:
         """starts: for `score`, where each prompt's continuation begins."""
         rows = batch.column(ROW_COLUMN).to_pylist()
         sampling = self._per_row(batch) if self._overrides else None
+        adapters = self._adapters(batch)
         made: list[Sequence[Request] | RowError] = []
         for i, prompt in enumerate(prompts):
             if isinstance(prompt, RowError):
@@ -70,11 +72,19 @@ class Requests:
                         params if self.kind == "generate" else None,
                         stream(self.seed, file, rows[i], s) if params.temperature else 0,
                         starts[i] if starts else 0,
+                        adapters[i],
                     )
                     for s in range(self.samples)
                 ]
             )
         return made
+
+    def _adapters(self, batch: pa.RecordBatch) -> list[str | None]:
+        """Of each row; the engine answers a name that is none with an error of the row."""
+        if self._adapter_column is None:
+            return [self._adapter] * batch.num_rows
+        named = batch.column(self._adapter_column).to_pylist()
+        return [self._adapter if name is None else str(name) for name in named]
 
     def _per_row(self, batch: pa.RecordBatch) -> list[SamplingParams | RowError]:
         """Equal ones are one object."""

@@ -200,6 +200,13 @@ MESSAGES = [
         "output.compression_level: 3 with compression snappy; expected null; correct it",
         "",
     ),
+    (
+        {"model__adapter": "a"},
+        "model.adapter: 'a'; expected one of model.adapters, which are none; correct the name",
+        "",
+    ),
+    ({"model__adapter_column": "c"}, "model.adapter_column: 'c' without model.adapters; expected both or none", ""),
+    ({"model__adapters": {"a": "x"}}, "model.adapters: a, and no row uses one; expected model.adapter or", ""),
 ]
 
 

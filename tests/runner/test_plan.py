@@ -232,9 +232,9 @@ def test_every_combination_has_a_verdict_or_a_named_error(architecture: str, hos
         known = architecture in discover.transformers_causal_architectures()
         native = architecture[:4] != "GPT2"
         read = quantization == "none" or (native and quantization != "nameless")
-        runnable = architecture != "NobodyForCausalLM" and read and not adapters
+        runnable = architecture != "NobodyForCausalLM" and read and (native or not adapters)
         on_cuda = host in ("sm80", "sm90") and dtype != "float32" and native and backend != "cpu"
-        on_cuda = on_cuda and quantization != "nameless"
+        on_cuda = on_cuda and quantization != "nameless" and not adapters
         on_triton = backend == "auto" and native and quantization == "none" and not adapters
         on_triton = on_triton and (host[:4] in ("sm80", "sm90") or (host == "sm75" and dtype != "bfloat16"))
         runnable = runnable and (on_cuda or backend != "cuda")
@@ -265,7 +265,8 @@ def check_sentences(
     quantized = f"{op} quantization={method}: cpu offers {offered}"
     unread = quantization != "none" if op != "linear" else quantization == "nameless"
     assert (quantized in text) == (of_cpu and unread)
-    assert ("lora: cpu does not offer it" in text) == (of_cpu and adapters)
+    through = "transformers_model adapters=true: cpu does not offer it"
+    assert (through in text) == (of_cpu and adapters and op != "linear")
     assert ("memory: weights" in text) == (of_cpu and host == "tiny memory" and op == "linear")
     of_cuda = backend != "cpu"
     sm = HOSTS[host].compute_capability
@@ -557,7 +558,12 @@ def test_a_cache_smaller_than_one_request_is_said() -> None:
 
 def prints(**changes: Any) -> dict[str, str]:
     asked = job(**changes)
-    return fingerprint(asked, resolve(asked, checkpoint(), CPU, "generate").settings, "digest")
+    return fingerprint(
+        asked,
+        resolve(asked, checkpoint(), CPU, "generate").settings,
+        "digest",
+        dict.fromkeys(asked.model.adapters, "f00"),
+    )
 
 
 STEERING = {
@@ -591,6 +597,11 @@ MATTERS = {
     "sampling columns": ({"sampling_columns": {"top_k": "k"}}, {"sampling_columns"}),
     "dtype": ({"model": ModelConfig("x", dtype="float32")}, {"dtype"}),
     "length": ({"model": ModelConfig("x", max_model_len=9)}, {"max_model_len"}),
+    "adapters": (
+        {"model": ModelConfig("x", adapters={"a": "folder"}, adapter="a", adapter_column="c")},
+        {"model.adapters", "model.adapter", "model.adapter_column"},
+    ),
+    "kv dtype": ({"backend_config": EngineConfig(kv_dtype="int8")}, {"kv_dtype"}),
     "block size": ({"backend_config": EngineConfig(block_size=16)}, {"block_size"}),
     "task": ({"task": EmbedConfig("generate", pooling="x")}, {"task.pooling", "task.normalize"}),
     "dataset": (

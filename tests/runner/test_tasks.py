@@ -199,6 +199,14 @@ def test_values_of_sampling_columns(
     assert [m.code if isinstance(m, RowError) else getattr(m[0].sampling, column) for m in made] == found
 
 
+def test_a_row_may_have_its_own_adapter(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
+    model = ModelConfig("x", adapters={"a": "folder", "b": "folder"}, adapter="b", adapter_column="which")
+    for name in sorted(MODULES):
+        task = build_task(make_job(name, model=model), checkpoint, tokenizer, 64)
+        made = task.requests(rows(["one", "two"], which=pa.array(["a", None])), "file", 0)
+        assert [row[0].adapter for row in made] == ["a", "b"]  # type: ignore[index]
+
+
 def test_equal_sampling_is_shared(checkpoint: Checkpoint, tokenizer: Tokenizer) -> None:
     task = build_task(make_job("generate", sampling_columns={"top_k": "c"}), checkpoint, tokenizer, 64)
     made = task.requests(rows(["a", "b", "c"], c=pa.array([5, 5, 6])), "f", 0)

@@ -21,6 +21,7 @@ class TinyModel:
     """Embedding, position, paged attention, head; float64, so that the order of sums never decides a token."""
 
     paged = True
+    adapters: tuple[str, ...] = ()
     num_cache_layers, num_kv_heads, head_dim, latent_rank = 1, HEADS, DIM, 0
     vocab_size, hidden_size = VOCAB, HEADS * DIM
 
