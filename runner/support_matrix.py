@@ -34,13 +34,18 @@ PUBLISHED_HEAD_DIM = 128
 FAMILY_EVIDENCE = {
     ("cpu", "decoder"): "tests/parity/test_logits.py",
     ("cpu", "encoder"): "tests/parity/test_encoders.py",
+    ("triton", "decoder"): "tests/engines/triton/test_engine.py",
+    ("triton", "encoder"): "tests/engines/triton/test_engine.py",
 }
 """Tests that are parametrized over every family found. Engines without one are not tested."""
 DTYPE_EVIDENCE = {
     ("cpu", "float32"): "tests/parity/test_logits.py",
     ("cpu", "bfloat16"): "tests/parity/test_logits.py",
     ("cpu", "float16"): "",
+    **{("triton", dtype): "tests/engines/triton/test_opset.py" for dtype in ("float32", "bfloat16", "float16")},
 }
+INTERPRETED = ("triton",)
+"""Engines whose tests run their kernels on the processor."""
 FORMAT_EVIDENCE = {
     "dense": "tests/parity/test_logits.py",
     **dict.fromkeys(("awq", "compressed_tensors", "fp8", "gptq", "mxfp4"), "tests/engines/formats/test_formats.py"),
@@ -101,7 +106,7 @@ def _family_mark(spec: ModelSpec, shape: str, engine: str) -> str:
     offer = importlib.import_module(f"engines.{engine}.offers").offers(HOSTS[engine])
     if not any(not difference(requirements(spec, dtype, kind), offer) for dtype in ("float32", "bfloat16", "float16")):
         return "-"
-    return _proof(FAMILY_EVIDENCE.get((engine, shape), ""))
+    return _proof(FAMILY_EVIDENCE.get((engine, shape), ""), engine)
 
 
 def _dtypes() -> str:
@@ -113,7 +118,7 @@ def _dtypes() -> str:
         for engine in ORDER:
             offer = importlib.import_module(f"engines.{engine}.offers").offers(HOSTS[engine])
             offered = not difference(requirements(spec, dtype, "generate"), offer)
-            marks.append(_proof(DTYPE_EVIDENCE.get((engine, dtype), "")) if offered else "-")
+            marks.append(_proof(DTYPE_EVIDENCE.get((engine, dtype), ""), engine) if offered else "-")
         rows.append((dtype, *marks))
     return _table(("dtype", *ORDER), rows)
 
@@ -131,12 +136,12 @@ def _plugins() -> str:
     return _table(("", "name", ""), rows)
 
 
-def _proof(test: str) -> str:
+def _proof(test: str, engine: str = "cpu") -> str:
     if not test:
         return UNTESTED
     if (ROOT / "tests").is_dir() and not (ROOT / test).is_file():
         raise FileNotFoundError(f"{test}: named as evidence in runner/support_matrix.py, but not in the tree")
-    return f"{TESTED} ({test})"
+    return f"{SIMULATED if engine in INTERPRETED else TESTED} ({test})"
 
 
 def _table(head: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

@@ -1,4 +1,7 @@
-"""What the Triton engine offers on a host: every op of a decoder and of an encoder, for any size of head up to 256."""
+"""What the Triton engine offers on a host: every op of a decoder and of an encoder, for any size of head up to 256.
+
+Mixtures of experts, latent attention and quantized caches run on the reference; quantized weights are not offered.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,9 @@ class Config(EngineConfig):
 MINIMUM = (7, 5)
 DTYPES = one_of("float32", "bfloat16", "float16")
 HEADS = {"dtype": DTYPES, "head_dim": Allowed(ge=1, le=256)}
+ATTENTION = {**HEADS, "group": Allowed(ge=1), "window": YES, "softcap": YES, "sinks": YES}
+KV_DTYPES = one_of("int8", "int4", "fp8")
+LATENT = {"dtype": DTYPES, "kv_lora_rank": ANYTHING, "rope_dim": ANYTHING}
 OPS: dict[str, dict[str, Allowed]] = {
     "embedding": {"dtype": DTYPES},
     "linear": {"dtype": DTYPES, "quantization": DENSE_ONLY},
@@ -26,7 +32,14 @@ OPS: dict[str, dict[str, Allowed]] = {
     "layer_norm": {"dtype": DTYPES},
     "rope": {**HEADS, "kind": ANYTHING, "rotary_dim": Allowed(ge=2, le=256, multiple_of=2)},
     "write_kv": HEADS,
-    "paged_attention": {**HEADS, "group": Allowed(ge=1), "window": YES, "softcap": YES, "sinks": YES},
+    "paged_attention": ATTENTION,
+    "write_quantized_kv": {**HEADS, "kv_dtype": KV_DTYPES},
+    "quantized_attention": {**ATTENTION, "kv_dtype": KV_DTYPES},
+    "write_latent": LATENT,
+    "latent_attention": LATENT,
+    "head_linear": {"dtype": DTYPES},
+    "route": {"scoring": ANYTHING},
+    "fused_experts": {"dtype": DTYPES, "quantization": DENSE_ONLY, "activation": ANYTHING},
     "encoder_attention": HEADS,
     "act": {"dtype": DTYPES, "activation": one_of("silu", "gelu", "gelu_tanh", "relu")},
     "act_and_mul": {"dtype": DTYPES, "activation": one_of("silu", "gelu", "gelu_tanh", "relu", "swiglu_oai")},
@@ -37,7 +50,11 @@ OPS: dict[str, dict[str, Allowed]] = {
     "top_logprobs": {},
     "parallelism": {name: one_of(1) for name in ("tp", "dp", "ep")},
 }
-"""linear, embedding and top_logprobs are a call or two of torch's own kernels."""
+"""linear, head_linear, embedding and top_logprobs are a call or two of torch's own kernels."""
+REFERENCE = frozenset(
+    {"write_quantized_kv", "quantized_attention", "write_latent", "latent_attention", "route", "fused_experts"}
+)
+"""Ops without a kernel: right, and slower than they could be."""
 
 
 def offers(host: Host) -> Offer:
@@ -53,5 +70,6 @@ def offers(host: Host) -> Offer:
         ops=OPS,
         blockers=tuple(blockers),
         sm=host.compute_capability,
-        since={"bfloat16": (8, 0), "fp8": (8, 9)},
+        since={"bfloat16": (8, 0)},
+        reference=REFERENCE,
     )
