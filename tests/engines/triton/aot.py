@@ -1,7 +1,7 @@
 """Compiles Triton's kernels for GPUs that are not here, in a process of its own without the interpreter.
 
-`python -m tests.engines.triton.aot 90 attention 128` prints a JSON list: what the code of each kernel, or of those named
-so at the end, takes of a multiprocessor.
+`python -m tests.engines.triton.aot 90 attention 128` prints a JSON list: what the code of each kernel, or of those
+named so at the end, takes of a multiprocessor.
 """
 
 from __future__ import annotations
