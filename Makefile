@@ -9,7 +9,7 @@ NATIVE := $(VENV)/.native-$(shell cat setup.py $$(find csrc -type f | LC_ALL=C s
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow test-all lint docs bench gpu clean
+.PHONY: help run test test-slow test-nightly test-all lint docs bench gpu clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -18,10 +18,13 @@ run: $(SETUP) $(NATIVE) ## Run the demo job; ARGS="model=... task=..." changes i
 	$(BIN)/python -m runner $(ARGS)
 
 test: $(SETUP) $(NATIVE) ## Run the fast tests
-	$(PYTEST) -m "not slow" $(ARGS)
+	$(PYTEST) -m "not slow and not nightly" $(ARGS)
 
 test-slow: $(SETUP) $(NATIVE) ## Run the slow tests
 	$(PYTEST) -m slow $(ARGS)
+
+test-nightly: $(SETUP) $(NATIVE) ## Run the tests that take an hour: emulated CUDA kernels with a barrier left out, under AddressSanitizer
+	$(PYTEST) -m nightly $(ARGS)
 
 test-all: test test-slow ## Run every test
 

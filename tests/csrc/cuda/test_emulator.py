@@ -17,7 +17,7 @@ from tests.engines.cuda.cases import OPS
 
 ROOT = Path(__file__).parents[3]
 pytestmark = [
-    pytest.mark.slow,
+    pytest.mark.nightly,
     pytest.mark.skipif(emulated.absent() is not None, reason=str(emulated.absent())),
 ]
 BARRIER = re.compile(
