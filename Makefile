@@ -39,6 +39,9 @@ docs: $(SETUP) $(NATIVE) ## Generate docs/configuration.md and docs/support_matr
 bench: $(SETUP) $(NATIVE) ## Measure this machine's ceilings and the runner against them
 	$(BIN)/python -m tests.bench $(ARGS)
 
+gpu: $(SETUP) ## Build, check and time the GPU kernels; ARGS="--only attention", "--interpret" without a GPU
+	$(BIN)/python -m tests.gpu $(ARGS)
+
 clean: ## Remove what set-up and tests made; results in outputs/ stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis engines/*.so
 
