@@ -1,8 +1,9 @@
 """Builds the compiled libraries of ops, engines/_{cpu,cuda}_ops.so, where it can; says what it leaves out and why.
 
 They are plain shared libraries on torch's stable ABI without Python symbols: one build serves every Python, and torch
-from 2.11 on. Nothing is downloaded, torch is not imported. CXX chooses the compiler, DISABLE_CPU_EXTENSION=1 leaves the
-CPU's out; how the CUDA one is built, and what chooses it, is in csrc/cuda_build.py.
+from 2.11 on. Nothing is downloaded, torch is not imported. CXX chooses the compiler, CPU_OPS_CXXFLAGS adds flags to
+compile and link with, DISABLE_CPU_EXTENSION=1 leaves the CPU's out; how the CUDA one is built, and what chooses it, is
+in csrc/cuda_build.py.
 """
 
 from __future__ import annotations
@@ -104,6 +105,7 @@ class BuildExt(build_ext):
         x86 = platform.machine() in ("x86_64", "AMD64")
         if x86:
             flags.append("-DCPU_OPS_X86")
+        added = shlex.split(os.environ.get("CPU_OPS_CXXFLAGS", ""))
         temporary = Path(self.build_temp).absolute()
         temporary.mkdir(parents=True, exist_ok=True)
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -111,14 +113,14 @@ class BuildExt(build_ext):
         for source in SOURCES:
             stem = Path(source).stem
             for isa, extra in variants(source, x86):
-                jobs[temporary / f"{stem}.{isa}.o"] = [*command, *flags, *extra, f"-DISA={isa}", "-c", source]
+                jobs[temporary / f"{stem}.{isa}.o"] = [*command, *flags, *extra, *added, f"-DISA={isa}", "-c", source]
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             failures = pool.map(run, [[*job, "-o", str(made)] for made, job in jobs.items()])
             why = next((failure for failure in failures if failure), None)
         if why:
             return why
         partial = target.with_suffix(".so.partial")
-        link = ["-shared", f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(partial)]
+        link = ["-shared", *added, f"-L{torch / 'lib'}", "-ltorch_cpu", "-o", str(partial)]
         why = run([*command, *map(str, jobs), *link])
         if why is None:
             partial.replace(target)
