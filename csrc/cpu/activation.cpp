@@ -20,10 +20,7 @@ void run(Activate what, int64_t kind, const Tensor& x, const char* name, int64_t
   what.type = type_of(x, name);
   what.x_stride = x.stride(0);
   what.x = x.const_data_ptr();
-  auto op = CPU_OPS_PICK(activate);
-#if defined(CPU_OPS_X86)
-  if (isa() == Isa::amx && what.type == Type::bf16) op = amx::activate;
-#endif
+  const auto op = CPU_OPS_PICK_BF16(activate, what.type);
   for_rows(rows, what.size * (what.gated ? 2 : 1), [&](int64_t first, int64_t last) { op(what, first, last); });
 }
 

@@ -49,9 +49,6 @@ template <Activation kind, bool gated> inline __m512 one(__m512 x, __m512 up) {
   else return activated<kind>(x);
 }
 
-inline __m512 low(__m512i x) { return widened(_mm512_castsi512_si256(x)); }
-inline __m512 high(__m512i x) { return widened(_mm512_extracti64x4_epi64(x, 1)); }
-
 template <Activation kind, bool gated> void activate_rows(const Activate& what, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) {
     const char* from = static_cast<const char*>(what.x) + row * what.x_stride * 2;

@@ -22,6 +22,9 @@ inline float exp2(float x) { return _mm512_cvtss_f32(exp2(_mm512_set1_ps(x))); }
 
 // bfloat16 numbers as float32.
 inline __m512 widened(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
+// The first 16 of 32, and the others.
+inline __m512 low(__m512i x) { return widened(_mm512_castsi512_si256(x)); }
+inline __m512 high(__m512i x) { return widened(_mm512_extracti64x4_epi64(x, 1)); }
 inline __m512 rounded(__m512 x) { return widened((__m256i)_mm512_cvtneps_pbh(x)); }
 
 }  // namespace amx

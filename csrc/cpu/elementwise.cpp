@@ -52,7 +52,8 @@ void run(const Norm& norm, void (*op)(const Norm&, int64_t, int64_t), int64_t ro
 
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_offset) {
   Tensor out = torch::stable::new_empty(x, {x.size(0), x.size(1)});
-  run(norm_of(x, weight, out, eps, weight_offset), CPU_OPS_PICK(rms_norm), x.size(0));
+  const Norm norm = norm_of(x, weight, out, eps, weight_offset);
+  run(norm, CPU_OPS_PICK_BF16(rms_norm, norm.type), x.size(0));
   return out;
 }
 
@@ -63,7 +64,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
   Norm norm = norm_of(x, weight, out, eps, weight_offset);
   add(norm, x, residual);
   norm.total = total.mutable_data_ptr();
-  run(norm, CPU_OPS_PICK(rms_norm), x.size(0));
+  run(norm, CPU_OPS_PICK_BF16(rms_norm, norm.type), x.size(0));
   return {out, total};
 }
 
@@ -76,7 +77,7 @@ Tensor layer_norm(const Tensor& x, const Tensor& weight, const Tensor& bias, dou
                   "bias: expected [hidden] of x's dtype");
   norm.bias = bias.const_data_ptr();
   if (residual) add(norm, x, *residual);
-  run(norm, CPU_OPS_PICK(layer_norm), x.size(0));
+  run(norm, CPU_OPS_PICK_BF16(layer_norm, norm.type), x.size(0));
   return out;
 }
 

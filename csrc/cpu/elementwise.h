@@ -37,5 +37,9 @@ CPU_OPS_ELEMENTWISE(avx512)
 CPU_OPS_ELEMENTWISE(avx2)
 CPU_OPS_ELEMENTWISE(baseline)
 #undef CPU_OPS_ELEMENTWISE
+namespace amx {  // bfloat16
+void rms_norm(const Norm&, int64_t first, int64_t last);
+void layer_norm(const Norm&, int64_t first, int64_t last);
+}  // namespace amx
 
 }  // namespace cpu_ops

@@ -10,8 +10,11 @@
 
 #if defined(CPU_OPS_X86)
 #define CPU_OPS_PICK(op) (isa() >= Isa::avx512 ? avx512::op : isa() == Isa::avx2 ? avx2::op : baseline::op)
+// Where there is one for bfloat16 on machines with AMX as well.
+#define CPU_OPS_PICK_BF16(op, type) (isa() == Isa::amx && (type) == Type::bf16 ? amx::op : CPU_OPS_PICK(op))
 #else
 #define CPU_OPS_PICK(op) (baseline::op)
+#define CPU_OPS_PICK_BF16(op, type) (baseline::op)
 #endif
 
 namespace cpu_ops {
