@@ -11,7 +11,7 @@ from torch import Tensor
 from engines.api import UnsupportedModelError
 from engines.checkpoint import FLOAT_DTYPES
 from engines.ops.moe import Projection
-from engines.ops.quantized import QuantizedWeight, Weight, concatenate
+from engines.ops.quantized import GroupedIntWeight, QuantizedWeight, Weight, concatenate
 from engines.weights import LinearSource, Weights
 
 ReadPart = Callable[[str, int], QuantizedWeight]
@@ -57,6 +57,13 @@ def _bias(weights: Weights, source: LinearSource, modules: list[tuple[str, int]]
             for name, rows in names
         ]
     )
+
+
+def blank(shape: tuple[int, int], bits: int, group_size: int) -> GroupedIntWeight:
+    """A weight without data, for while only headers are read: unpacking on the meta device would take seconds."""
+    scales = torch.empty(shape[0], -(-shape[1] // group_size), device="meta")
+    codes = torch.empty(shape, dtype=torch.uint8, device="meta")
+    return GroupedIntWeight(codes, scales, torch.empty_like(scales, dtype=torch.int16), bits, group_size)
 
 
 def expect(config: dict[str, Any], key: str, found: object, allowed: tuple[object, ...]) -> Any:

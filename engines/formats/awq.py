@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engines.formats._common import expect, pack, quantize_groups, read_projection, unpack
+from engines.formats._common import blank, expect, pack, quantize_groups, read_projection, unpack
 from engines.ops.moe import Projection
 from engines.ops.quantized import GroupedIntWeight
 from engines.weights import LinearSource, Weights
@@ -43,6 +43,8 @@ def read(weights: Weights, source: LinearSource) -> Projection:
         codes = weights.read(f"{name}.qweight", (source.in_features, rows // 8), torch.int32)
         zeros = weights.read(f"{name}.qzeros", (groups, rows // 8), torch.int32)
         scales = weights.read(f"{name}.scales", (groups, rows), torch.float32)
+        if scales.is_meta:
+            return blank((rows, source.in_features), 4, group_size)
         return GroupedIntWeight(
             _unpack(codes).T.contiguous(), scales.T.contiguous(), _unpack(zeros).T.to(torch.int16), 4, group_size
         )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from engines.formats import fp8, gptq
-from engines.formats._common import expect, pack, quantize_groups, read_projection, unpack
+from engines.formats._common import blank, expect, pack, quantize_groups, read_projection, unpack
 from engines.ops.moe import Projection
 from engines.ops.quantized import Float8Weight, GroupedIntWeight, Int8Weight, QuantizedWeight
 from engines.weights import LinearSource, Weights
@@ -117,16 +117,19 @@ def _packed(weights: Weights, name: str, shape: tuple[int, int], said: Scheme) -
     words = weights.read(f"{name}.weight_packed", (rows, -(-inputs * bits // 32)), torch.int32)
     scales = weights.read(f"{name}.weight_scale", (rows, groups), torch.float32)
     weights.read(f"{name}.weight_shape", (2,), torch.int64)
-    codes = unpack(words, bits)[:, :inputs]
-    if said.symmetric:
-        zeros = torch.full((rows, groups), 2 ** (bits - 1), dtype=torch.int16, device=scales.device)
-    else:
+    packed = order = None
+    if not said.symmetric:
         packed = weights.read(f"{name}.weight_zero_point", (-(-rows * bits // 32), groups), torch.int32)
-        zeros = unpack(packed.T.contiguous(), bits).T[:rows].to(torch.int16)
-    order = None
     if weights.stored(f"{name}.weight_g_idx"):
         g_idx = weights.read(f"{name}.weight_g_idx", (inputs,), torch.int32)
         order = gptq.column_order(name, g_idx, group_size)
+    if scales.is_meta:
+        return blank(shape, bits, group_size)
+    codes = unpack(words, bits)[:, :inputs]
+    if packed is None:
+        zeros = torch.full((rows, groups), 2 ** (bits - 1), dtype=torch.int16, device=scales.device)
+    else:
+        zeros = unpack(packed.T.contiguous(), bits).T[:rows].to(torch.int16)
     if order is not None:
         codes = codes[:, order]
     return GroupedIntWeight(codes.contiguous(), scales, zeros, bits, group_size, order)
@@ -140,6 +143,8 @@ def _int8(weights: Weights, name: str, shape: tuple[int, int], said: Scheme) -> 
         return Int8Weight(data, scales, _input_scale(weights, name, said))
     group_size = said.group_size if said.strategy == "group" else inputs
     scales = weights.read(f"{name}.weight_scale", (rows, -(-inputs // group_size)), torch.float32)
+    if scales.is_meta:
+        return blank(shape, 8, group_size)
     codes = (data.to(torch.int16) + 128).to(torch.uint8)
     return GroupedIntWeight(codes, scales, torch.full_like(scales, 128, dtype=torch.int16), 8, group_size)
 

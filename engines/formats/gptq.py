@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from engines.api import UnsupportedModelError
-from engines.formats._common import expect, pack, quantize_groups, read_projection, unpack
+from engines.formats._common import blank, expect, pack, quantize_groups, read_projection, unpack
 from engines.ops.moe import Projection
 from engines.ops.quantized import GroupedIntWeight
 from engines.weights import LinearSource, Weights
@@ -43,11 +43,13 @@ def read(weights: Weights, source: LinearSource) -> Projection:
         packed = weights.read(f"{name}.qweight", (inputs * bits // 32, rows), torch.int32)
         packed_zeros = weights.read(f"{name}.qzeros", (groups, rows * bits // 32), torch.int32)
         scales = weights.read(f"{name}.scales", (groups, rows), torch.float32)
-        zeros = unpack(packed_zeros, bits).T.to(torch.int16) + (1 if kind == "gptq" else 0)
-        codes = unpack(packed.T.contiguous(), bits)
         order = None
         if weights.stored(f"{name}.g_idx"):
             order = column_order(name, weights.read(f"{name}.g_idx", (inputs,), torch.int32), group_size)
+        if scales.is_meta:
+            return blank((rows, inputs), bits, group_size)
+        zeros = unpack(packed_zeros, bits).T.to(torch.int16) + (1 if kind == "gptq" else 0)
+        codes = unpack(packed.T.contiguous(), bits)
         if order is not None:
             codes = codes[:, order]
         return GroupedIntWeight(codes, scales.T.contiguous(), zeros, bits, group_size, order)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from engines import discover
 from engines.adapters import Adapters
@@ -15,6 +16,8 @@ from engines.models.decoder import Decoder, Head
 from engines.models.encoder import Encoder
 from engines.models.spec import DecoderSpec, EncoderSpec, ModelSpec
 from engines.ops import OpSet
+from engines.ops.linear import LinearWeight
+from engines.ops.quantized import QuantizedWeight
 from engines.weights import DTYPES, Weights, build
 
 HEAD_OF_KIND: dict[Kind, Head] = {"generate": "logits", "score": "logits", "classify": "labels", "embed": "none"}
@@ -58,14 +61,20 @@ def load_model(settings: EngineSettings, ops: OpSet) -> Model:
     weights = Weights(checkpoint, family.CHECKPOINT, dtype, device, anchor, adapters=adapters)
 
     def make(source: Weights) -> Model:
-        # Packing for an op set needs data: on the meta device the reference forms stand in.
-        here = OpSet() if source.device.type == "meta" else ops
+        here = _HeaderOps() if source.device.type == "meta" else ops
         if isinstance(spec, EncoderSpec):
             return Encoder(spec, settings.kind == "classify", length, source, fmt, here)
         return Decoder(spec, HEAD_OF_KIND[settings.kind], length, source, fmt, here)
 
     ignored = getattr(fmt, "IGNORED", ()) + (HEADS if settings.kind == "embed" else ())
     return build(make, weights, ignored)
+
+
+class _HeaderOps(OpSet):
+    """Stands in for an op set on the meta device, where there is no data to pack or to dequantize."""
+
+    def prepare_quantized(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> LinearWeight:
+        return LinearWeight(weight, bias, weight.shape[1], weight.shape[0])
 
 
 def weight_format(checkpoint: Checkpoint) -> ModuleType:

@@ -512,6 +512,8 @@ def _decoder(
         needed.append(Requirement("head_linear", {"dtype": dtype}))
     needed.append(Requirement("act_and_mul", {"dtype": dtype, "activation": spec.hidden_act}))
     if spec.moe is not None:
+        if spec.moe.router_float32:
+            needed.append(Requirement("linear", {"dtype": "float32"}))
         needed.append(Requirement("route", {"scoring": spec.moe.scoring}))
         needed.append(Requirement("fused_experts", {"dtype": dtype, "activation": spec.hidden_act, **quantization}))
     if spec.logit_softcap:

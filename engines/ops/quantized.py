@@ -165,24 +165,24 @@ def concatenate(parts: Sequence[Weight]) -> Weight | None:
     if any(type(part) is not type(first) for part in parts):
         return None
     if isinstance(first, Tensor):
-        return torch.cat([part for part in parts if isinstance(part, Tensor)])
+        return _cat([part for part in parts if isinstance(part, Tensor)])
     if isinstance(first, GroupedIntWeight):
         return _grouped([part for part in parts if isinstance(part, GroupedIntWeight)])
     if isinstance(first, Int8Weight):
         ints = [part for part in parts if isinstance(part, Int8Weight)]
         if not _same([part.input_scale for part in ints]):
             return None
-        return replace(first, data=torch.cat([p.data for p in ints]), scales=torch.cat([p.scales for p in ints]))
+        return replace(first, data=_cat([p.data for p in ints]), scales=_cat([p.scales for p in ints]))
     if isinstance(first, Float8Weight):
         return _floats([part for part in parts if isinstance(part, Float8Weight)])
     mx = [part for part in parts if isinstance(part, MXFP4Weight)]
-    return MXFP4Weight(torch.cat([part.codes for part in mx]), torch.cat([part.exponents for part in mx]))
+    return MXFP4Weight(_cat([part.codes for part in mx]), _cat([part.exponents for part in mx]))
 
 
 def _grouped(parts: list[GroupedIntWeight]) -> GroupedIntWeight | None:
     if len({(part.bits, part.group_size) for part in parts}) > 1 or not _same([part.permutation for part in parts]):
         return None
-    codes, scales, zeros = (torch.cat([getattr(p, name) for p in parts]) for name in ("codes", "scales", "zeros"))
+    codes, scales, zeros = (_cat([getattr(p, name) for p in parts]) for name in ("codes", "scales", "zeros"))
     return replace(parts[0], codes=codes, scales=scales, zeros=zeros)
 
 
@@ -195,8 +195,15 @@ def _floats(parts: list[Float8Weight]) -> Float8Weight | None:
     known = [scale for scale in scales if scale is not None]
     # The widest range serves all: inputs of merged projections are one and the same tensor.
     largest = torch.stack(known).amax() if len(known) == len(scales) else None
-    data, tiles = (torch.cat([getattr(part, name) for part in parts]) for name in ("data", "scales"))
+    data, tiles = (_cat([getattr(part, name) for part in parts]) for name in ("data", "scales"))
     return replace(parts[0], data=data, scales=tiles, input_scale=largest)
+
+
+def _cat(tensors: Sequence[Tensor]) -> Tensor:
+    """torch.cat, but that on the meta device goes through Python that takes seconds to import."""
+    if tensors[0].is_meta:
+        return tensors[0].new_empty(sum(len(t) for t in tensors), *tensors[0].shape[1:])
+    return torch.cat(list(tensors))
 
 
 def _same(tensors: Sequence[Tensor | None]) -> bool:
