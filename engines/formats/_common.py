@@ -78,11 +78,15 @@ def expect(config: dict[str, Any], key: str, found: object, allowed: tuple[objec
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:
-    """[rows, words] int32 -> [rows, words * 32 / bits] uint8: the lowest bits of a word are its first code."""
-    per_word = 32 // bits
-    codes = torch.empty(*packed.shape, per_word, dtype=torch.uint8, device=packed.device)
-    for i in range(per_word):
-        codes[..., i] = (packed >> (bits * i)) & (2**bits - 1)
+    """[rows, words] int32 -> [rows, words * 32 / bits] uint8: the lowest bits of a word are its first code.
+
+    bits: 2, 4 or 8, so that no code lies across bytes. Words are little-endian, as all machines of interest have them.
+    """
+    in_bytes = packed.flatten().view(torch.uint8).view(*packed.shape[:-1], -1)
+    per_byte = 8 // bits
+    codes = torch.empty(*in_bytes.shape, per_byte, dtype=torch.uint8, device=packed.device)
+    for i in range(per_byte):
+        torch.bitwise_and(in_bytes >> (bits * i), 2**bits - 1, out=codes[..., i])
     return codes.flatten(-2)
 
 

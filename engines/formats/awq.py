@@ -61,7 +61,10 @@ def quantize(weight: Tensor, group_size: int) -> dict[str, Tensor]:
 def _unpack(packed: Tensor) -> Tensor:
     """[n, words] -> [n, 8 * words], features in order."""
     fields = unpack(packed, 4).unflatten(1, (-1, 8))
-    return fields[..., [ORDER.index(feature) for feature in range(8)]].flatten(1)
+    codes = torch.empty_like(fields)
+    for place, feature in enumerate(ORDER):
+        codes[..., feature] = fields[..., place]
+    return codes.flatten(1)
 
 
 def _pack(codes: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ multiplies. Codes are not packed here: packing is the op set's own.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -40,11 +40,15 @@ class GroupedIntWeight:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """[out_features, in_features]; product in float32 (float64 for float64 scales), rounded once."""
-        spread = [
-            t.repeat_interleave(self.group_size, 1)[:, : self.codes.shape[1]].to(self.scales.dtype)
-            for t in (self.zeros, self.scales)
-        ]
-        weight = ((self.codes - spread[0]) * spread[1]).to(dtype)
+        zeros, columns, size = self.zeros.to(self.scales.dtype), self.codes.shape[1], self.group_size
+        weight = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        for rows in _in_cache(self.shape):
+            if columns % size == 0:
+                grouped = self.codes[rows].unflatten(1, (-1, size)).to(self.scales.dtype)
+                weight[rows] = grouped.sub_(zeros[rows, :, None]).mul_(self.scales[rows, :, None]).flatten(1)
+            else:
+                zero, scale = (t[rows].repeat_interleave(size, 1)[:, :columns] for t in (zeros, self.scales))
+                weight[rows] = (self.codes[rows] - zero) * scale
         if self.permutation is None:
             return weight
         return torch.empty_like(weight).index_copy_(1, self.permutation, weight)
@@ -105,10 +109,16 @@ class Float8Weight:
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """[out_features, in_features]; product in float32 (float64 for float64 scales), rounded once."""
-        rows, columns = self.data.shape
-        scales = self.scales.repeat_interleave(self.tile[0], 0)[:rows]
-        scales = scales.repeat_interleave(self.tile[1], 1)[:, :columns]
-        return (self.data.to(self.scales.dtype) * scales).to(dtype)
+        columns, tile = self.data.shape[1], self.tile[1]
+        scales = self.by_row().scales
+        weight = torch.empty(self.shape, dtype=dtype, device=self.data.device)
+        for rows in _in_cache(self.shape):
+            wide = self.data[rows].to(scales.dtype)
+            if columns % tile == 0:
+                weight[rows] = wide.unflatten(1, (-1, tile)).mul_(scales[rows, :, None]).flatten(1)
+            else:
+                weight[rows] = wide.mul_(scales[rows].repeat_interleave(tile, 1)[:, :columns])
+        return weight
 
     def rows(self, index: Tensor) -> Float8Weight:
         """Some of the output features. Tiles stay as they are where rows move within their own only."""
@@ -143,13 +153,24 @@ class MXFP4Weight:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """[out_features, in_features]: exact in float32 and bfloat16."""
         positive = torch.tensor(E2M1, dtype=torch.float32, device=self.codes.device)
-        table = torch.cat((positive, -positive))
-        codes = torch.stack((self.codes & 15, self.codes >> 4), -1).flatten(1)
-        powers = (self.exponents.to(torch.int32) - 127).repeat_interleave(32, 1)
-        return torch.ldexp(table[codes.int()], powers).to(dtype)
+        single = torch.cat((positive, -positive))
+        pairs = torch.stack((single.repeat(16), single.repeat_interleave(16)), 1)  # by byte: its two columns
+        powers = torch.ldexp(torch.ones_like(self.exponents, dtype=torch.float32), self.exponents.int() - 127)
+        weight = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
+        for rows in _in_cache(self.shape):
+            values = pairs.index_select(0, self.codes[rows].flatten().int())
+            weight[rows] = values.view(-1, powers.shape[1], 32).mul_(powers[rows, :, None]).flatten(1)
+        return weight
 
     def rows(self, index: Tensor) -> MXFP4Weight:
         return MXFP4Weight(self.codes[index], self.exponents[index])
+
+
+def _in_cache(shape: torch.Size) -> Iterator[slice]:
+    """Rows of a weight, so many at a time that their float32 form stays in the processor's cache."""
+    step = max(1, (1 << 18) // max(1, shape[1]))
+    for first in range(0, shape[0], step):
+        yield slice(first, first + step)
 
 
 QuantizedWeight = GroupedIntWeight | Int8Weight | Float8Weight | MXFP4Weight
