@@ -311,7 +311,7 @@ def quantized_weights(out: int, size: int) -> dict[str, QuantizedWeight]:
 
     def grouped(bits: int, group: int, order: Tensor | None = None) -> GroupedIntWeight:
         groups = -(-size // group)
-        zeros = integers(out, groups, high=2**bits + 1, dtype=torch.int16)
+        zeros = integers(out, groups, high=2**bits, dtype=torch.int16)
         return GroupedIntWeight(integers(out, size, high=2**bits), scales(out, groups), zeros, bits, group, order)
 
     eight = integers(out, size, low=-127, high=128, dtype=torch.int8)

@@ -1,7 +1,8 @@
 """GPTQ (arXiv 2210.17323): integers of 2, 4 or 8 bits, in the layout of AutoGPTQ and GPTQModel.
 
     qweight  [in_features * bits / 32, out_features] int32, inputs packed from the lowest bits
-    qzeros   [groups, out_features * bits / 32] int32, outputs packed; minus one in checkpoint_format `gptq`
+    qzeros   [groups, out_features * bits / 32] int32, outputs packed; in checkpoint_format `gptq` less one,
+             where a zero of 0 becomes the largest code
     scales   [groups, out_features] float16
     g_idx    [in_features] int32: each input's group (desc_act, "act-order"); may be absent without it
 
@@ -48,7 +49,8 @@ def read(weights: Weights, source: LinearSource) -> Projection:
             order = column_order(name, weights.read(f"{name}.g_idx", (inputs,), torch.int32), group_size)
         if scales.is_meta:
             return blank((rows, inputs), bits, group_size)
-        zeros = unpack(packed_zeros, bits).T.to(torch.int16) + (1 if kind == "gptq" else 0)
+        stored_less = 1 if kind == "gptq" else 0
+        zeros = (unpack(packed_zeros, bits).T.to(torch.int16) + stored_less) & (2**bits - 1)
         codes = unpack(packed.T.contiguous(), bits)
         if order is not None:
             codes = codes[:, order]

@@ -28,7 +28,7 @@ class GroupedIntWeight:
     scales: Tensor
     """[out_features, ceil(in_features / group_size)] float32"""
     zeros: Tensor
-    """The same shape, int16: from 0 to 2 ** bits"""
+    """The same shape, int16: below 2 ** bits"""
     bits: int
     group_size: int
     permutation: Tensor | None = None

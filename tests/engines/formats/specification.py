@@ -26,7 +26,7 @@ def awq(t: Tensors, group_size: int) -> np.ndarray:
 
 
 def gptq(t: Tensors, bits: int, offset: int = 1) -> np.ndarray:
-    """AutoGPTQ: rows of words hold consecutive inputs; zeros are stored less `offset`."""
+    """AutoGPTQ: rows of words hold consecutive inputs; zeros are stored less `offset`, modulo 2 ** bits."""
     per = 32 // bits
     inputs, outputs = t["qweight"].shape[0] * per, t["qweight"].shape[1]
     weight = np.empty((outputs, inputs))
@@ -34,7 +34,7 @@ def gptq(t: Tensors, bits: int, offset: int = 1) -> np.ndarray:
         for i in range(inputs):
             group = int(t["g_idx"][i])
             q = field(t["qweight"][i // per, o], i % per, bits)
-            z = field(t["qzeros"][group, o // per], o % per, bits) + offset
+            z = (field(t["qzeros"][group, o // per], o % per, bits) + offset) % 2**bits
             weight[o, i] = (q - z) * float(t["scales"][group, o])
     return weight
 

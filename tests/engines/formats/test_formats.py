@@ -179,6 +179,16 @@ def test_rounding_is_to_the_nearest(variant: Variant) -> None:
         assert error.max() <= 0.505 * scales.max() + np.abs(scales).max() * 2**-8
 
 
+def test_a_zero_of_0_stored_less_one_is_0_again(tmp_path: Path) -> None:
+    """Groups of positive weights only have it, and 4 bits of 0 - 1 are 15."""
+    variant = next(v for v in VARIANTS if v.name.startswith("gptq-4-64-act"))
+    positive = Variant(variant.name, variant.config, lambda w: variant.quantize(w.abs() + 0.1), variant.meaning)
+    quantized, plain, tensors = write(positive, tmp_path)
+    assert (unpack(tensors["model.layers.0.mlp.up_proj.qzeros"], 4) == 15).all()
+    assert (load_file(plain / "model.safetensors")["model.layers.0.mlp.up_proj.weight"] >= 0).all()
+    torch.testing.assert_close(logits(quantized), logits(plain), rtol=1e-4, atol=1e-4)
+
+
 def test_pack_quantized_is_what_the_reference_library_writes() -> None:
     words, zero_words = (
         torch.tensor(GOLDEN[name], dtype=torch.int32) for name in ("weight_packed", "weight_zero_point")
