@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from engines import discover
+from engines import discover, gpu_ledger
 from engines.adapters import digest
 from engines.api import CheckpointError, EngineConfig, EngineSettings, Kind, Requirement, UnsupportedModelError
 from engines.capability import Offer, difference, quantization_attributes, reference_ops
@@ -399,6 +399,9 @@ def _verdict(
             f"memory: weights {gb(memory.weight_bytes)} + activations {gb(memory.activation_bytes)} > "
             f"{gb(memory.total_bytes)} of {memory.device}"
         )
+    unseen = gpu_ledger.unseen(engine)
+    if unseen and not missed:
+        notes.append(unseen)
     return Verdict(engine, tuple(missed), dtype, tuple(notes))
 
 

@@ -3,8 +3,8 @@
     python -m tests.gpu --only attention      cases and kernels with this in their name
     python -m tests.gpu --interpret           Triton's kernels on the processor, small: that the command works
 
-The ledger, tests/gpu/ledger.json, is what was seen on GPUs: one entry for each kernel, with the hash of its sources. A
-run on a processor writes none. Exit code 1: a case failed, or something was left out for lack of time.
+The ledger, engines/gpu_ledger.json, is what was seen on GPUs: one entry for each kernel, with the hash of its sources.
+A run on a processor writes none. Exit code 1: a case failed, or something was left out for lack of time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-LEDGER = Path(__file__).with_name("ledger.json")
+from engines.gpu_ledger import FILE as LEDGER
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"triton": ROOT / "engines/triton", "cuda": ROOT / "csrc/cuda"}
 

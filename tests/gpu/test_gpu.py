@@ -10,8 +10,9 @@ import sys
 import pytest
 import torch
 
+from engines.gpu_ledger import FILE as LEDGER
 from tests.engines.triton.kernels import KERNELS
-from tests.gpu.__main__ import FOLDERS, LEDGER, ROOT
+from tests.gpu.__main__ import FOLDERS, ROOT
 from tests.gpu.timing import SMALL, Kernel, decoder
 
 

@@ -152,6 +152,7 @@ def test_keys_that_a_short_file_leaves_out_can_be_set(jobs: list[JobConfig]) -> 
     Path("dataset").mkdir()
     Path("dataset/reviews.yaml").write_text("path: reviews.jsonl\n")
     args = ["--config-dir", ".", "dataset=reviews", "dataset.limit=5", "model.adapters.fr=lora/fr", "name=x"]
+    args.append("model.adapter=fr")
     assert cli.command_line(args) == 0
     assert jobs[0].dataset.path == "reviews.jsonl" and jobs[0].dataset.limit == 5
     assert jobs[0].model.adapters == {"fr": "lora/fr"}
