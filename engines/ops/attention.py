@@ -16,6 +16,8 @@ from engines.ops.kv_cache import KVCache, LatentCache, QuantizedKVCache, dequant
 if TYPE_CHECKING:
     from engines.ops import OpSet
 
+MAX_SCORES = 1 << 24
+"""Scores of queries and keys that latent_attention holds at a time: 64 MiB in float32, unless one query has more."""
 MAX_UNPACKED_TOKENS = 1 << 14
 """Cached tokens that quantized_attention has unpacked at a time, unless one sequence has more."""
 
@@ -136,11 +138,25 @@ def latent_attention(q: Tensor, cache: LatentCache, batch: Batch, softmax_scale:
         if begin == end:
             continue
         blocks = batch.block_tables[i, : -(-seq_len // cache.block_size)].long()
-        k = cache.data[blocks].flatten(0, 1)[:seq_len, None]
-        v = k[..., : cache.rank]
+        k = cache.data[blocks].flatten(0, 1)[:seq_len].to(_wide(q))
         first = seq_len - (end - begin)
-        out[begin:end] = _attend(q[begin:end], k, v, q.shape[1], softmax_scale, first, 0, 0.0, None)
+        step = max(1, MAX_SCORES // (q.shape[1] * seq_len))
+        for start in range(begin, end, step):
+            part = slice(start, min(start + step, end))
+            out[part] = _attend_latents(q[part], k, cache.rank, softmax_scale, first + start - begin)
     return out
+
+
+def _attend_latents(q: Tensor, k: Tensor, rank: int, scale: float, first: int) -> Tensor:
+    """k: [seq_len, rank + rope_dim], wide. first: position of q's first token, for the causal mask."""
+    scores = (q.flatten(0, 1).to(k.dtype) @ k.T).view(*q.shape[:2], len(k)).mul_(scale)
+    query = torch.arange(first, first + len(q), device=q.device)[:, None, None]
+    scores.masked_fill_(torch.arange(len(k), device=q.device) > query, float("-inf"))
+    return (scores.softmax(-1).flatten(0, 1) @ k[:, :rank]).view(*q.shape[:2], rank).to(q.dtype)
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def encoder_attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, softmax_scale: float) -> Tensor:
@@ -169,7 +185,7 @@ def _attend(
     sinks: Tensor | None,
 ) -> Tensor:
     """One sequence. first: position of q's first token, for the causal mask; None: no mask."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    wide = _wide(q)
     q_, k_, v_ = (t.to(wide).transpose(0, 1) for t in (q, k, v))
     k_, v_ = k_.repeat_interleave(group, 0), v_.repeat_interleave(group, 0)
     scores = q_ @ k_.transpose(1, 2) * scale

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.ops import OpSet
+from engines.ops import OpSet, attention
 from engines.ops.kv_cache import KVCache
 from tests.attention_cases import CASES, Case, make, widened
-from tests.cases import numbers
+from tests.cases import cases, numbers
 
 OPS = OpSet()
 
@@ -111,3 +111,11 @@ def test_write_kv_leaves_other_slots_alone() -> None:
     assert torch.equal(cache.k[2, :, 1], k[0])
     assert torch.equal(cache.v[0, :, 3], v[1])
     assert int((cache.k != -1).any(-1).any(1).sum()) == 2
+
+
+def test_latent_attention_does_not_depend_on_how_many_scores_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = next(c for c in cases() if str(c) == "latent_attention-ragged")
+    arguments = case.arguments(torch.float64)
+    whole = OpSet().latent_attention(*arguments)
+    monkeypatch.setattr(attention, "MAX_SCORES", 5 * 200 * 7)  # 7 queries of the longest sequence at a time
+    torch.testing.assert_close(OpSet().latent_attention(*arguments), whole, rtol=1e-12, atol=1e-12)
