@@ -37,7 +37,7 @@ def step_of(batch: Batch, block_size: int) -> Step:
 def seconds(step: Step, spec: DecoderSpec, dtype: str, ceilings: Ceilings) -> float:
     """Products at the rate measured for their number of rows; attention at that of memory or of large products."""
     layers = spec.num_hidden_layers
-    products = 2 * step.num_tokens * matrix_parameters(spec) * layers / ceilings.linear_flops_s(step.num_tokens)
+    products = 2 * step.num_tokens * matrix_parameters(spec) / ceilings.linear_flops_s(step.num_tokens)
     head = 2 * step.num_outputs * spec.hidden_size * spec.vocab_size
     products += head / ceilings.linear_flops_s(step.num_outputs) if step.num_outputs else 0.0
     kv_bytes = 2 * step.num_keys_read * spec.num_key_value_heads * spec.head_dim * DTYPE_BYTES[dtype] * layers
