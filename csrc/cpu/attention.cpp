@@ -218,6 +218,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& k, const Tensor& v, const 
                   "q: expected [num_tokens, num_heads, head_dim], the last dimension contiguous");
   check_cache(q, k, "cache.k");
   check_cache(q, v, "cache.v");
+  STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale: ", softmax_scale, "; expected more than 0");
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   Call call{};
   call.type = type_of(q, "q");

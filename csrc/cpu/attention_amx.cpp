@@ -8,7 +8,6 @@
 #include <immintrin.h>
 
 #include <new>
-#include <utility>
 
 #include "amx.h"
 #include "amx_math.h"
@@ -20,6 +19,7 @@ namespace amx {
 namespace {
 
 constexpr int kGroups = kTile / kSide;
+constexpr int kUnits = kRows / kSide > kLanes * (kLaneRows / kSide) ? kRows / kSide : kLanes * (kLaneRows / kSide);
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kNone = -__builtin_inff();
 
@@ -80,47 +80,45 @@ void prefetch(const Located& at, const Work& work) {
   }
 }
 
-// scores[rows][T] = q @ keys, for the 16-key groups that there are.
-void score(const Scratch& s, const Located& at, int rows, int D, int64_t key_step) {
-  for (int r = 0; r < rows; r += kSide) {
-    float* to = s.scores + r * kTile;
-    const uint16_t* q = s.q + r * D;
-    if (at.count > 2 * kSide) {
-      const char *k0 = at.k[0], *k1 = at.k[1], *k2 = at.k[2], *k3 = at.count > 3 * kSide ? at.k[3] : at.k[2];
-      _tile_zero(0);
-      _tile_zero(1);
-      _tile_zero(2);
-      _tile_zero(3);
-      for (int d = 0; d < D / 32; ++d) {
-        _tile_loadd(4, q + d * 32, D * 2);
-        _tile_loadd(5, k0 + d * key_step, 64);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_loadd(6, k1 + d * key_step, 64);
-        _tile_dpbf16ps(1, 4, 6);
-        _tile_loadd(5, k2 + d * key_step, 64);
-        _tile_dpbf16ps(2, 4, 5);
-        _tile_loadd(6, k3 + d * key_step, 64);
-        _tile_dpbf16ps(3, 4, 6);
-      }
-      _tile_stored(0, to, kTile * 4);
-      _tile_stored(1, to + 16, kTile * 4);
-      _tile_stored(2, to + 32, kTile * 4);
-      _tile_stored(3, to + 48, kTile * 4);
-    } else {
-      const char *k0 = at.k[0], *k1 = at.count > kSide ? at.k[1] : at.k[0];
-      _tile_zero(0);
-      _tile_zero(1);
-      for (int d = 0; d < D / 32; ++d) {
-        _tile_loadd(4, q + d * 32, D * 2);
-        _tile_loadd(5, k0 + d * key_step, 64);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_loadd(6, k1 + d * key_step, 64);
-        _tile_dpbf16ps(1, 4, 6);
-      }
-      _tile_stored(0, to, kTile * 4);
-      _tile_stored(1, to + 16, kTile * 4);
+// scores[16][T] = q[16] @ keys from row r on, for the 16-key groups that there are.
+void score(const Scratch& s, const Located& at, int r, int D, int64_t key_step) {
+  float* to = s.scores + r * kTile;
+  const uint16_t* q = s.q + r * D;
+  if (at.count > 2 * kSide) {
+    const char *k0 = at.k[0], *k1 = at.k[1], *k2 = at.k[2], *k3 = at.count > 3 * kSide ? at.k[3] : at.k[2];
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int d = 0; d < D / 32; ++d) {
+      _tile_loadd(4, q + d * 32, D * 2);
+      _tile_loadd(5, k0 + d * key_step, 64);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_loadd(6, k1 + d * key_step, 64);
+      _tile_dpbf16ps(1, 4, 6);
+      _tile_loadd(5, k2 + d * key_step, 64);
+      _tile_dpbf16ps(2, 4, 5);
+      _tile_loadd(6, k3 + d * key_step, 64);
+      _tile_dpbf16ps(3, 4, 6);
     }
+    _tile_stored(0, to, kTile * 4);
+    _tile_stored(1, to + 16, kTile * 4);
+    _tile_stored(2, to + 32, kTile * 4);
+    _tile_stored(3, to + 48, kTile * 4);
+    return;
   }
+  const char *k0 = at.k[0], *k1 = at.count > kSide ? at.k[1] : at.k[0];
+  _tile_zero(0);
+  _tile_zero(1);
+  for (int d = 0; d < D / 32; ++d) {
+    _tile_loadd(4, q + d * 32, D * 2);
+    _tile_loadd(5, k0 + d * key_step, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(6, k1 + d * key_step, 64);
+    _tile_dpbf16ps(1, 4, 6);
+  }
+  _tile_stored(0, to, kTile * 4);
+  _tile_stored(1, to + 16, kTile * 4);
 }
 
 // x as softcap * tanh(x / softcap)
@@ -132,53 +130,73 @@ inline __m512 capped(__m512 x, float softcap) {
   return _mm512_mul_ps(_mm512_div_ps(_mm512_sub_ps(e, one), _mm512_add_ps(e, one)), _mm512_set1_ps(softcap));
 }
 
-// One row's scores in log2 units, -inf where hidden. Returns the highest.
-inline float scale_row(float* scores, const Work& work, int64_t first_key, int count, int64_t position) {
-  const int64_t seen = position - first_key + 1, window = work.window ? seen - work.window : 0;
-  const int to = static_cast<int>(seen < 0 ? 0 : seen < count ? seen : count);
-  const int from = static_cast<int>(window < 0 ? 0 : window < kTile ? window : kTile);
-  const __m512 factor = _mm512_set1_ps(work.softcap != 0.0f ? work.scale : work.scale * kLog2e);
-  __m512 x[kGroups];
-  for (int i = 0; i < kGroups; ++i) {
-    x[i] = _mm512_mul_ps(_mm512_load_ps(scores + i * kSide), factor);
-    if (work.softcap != 0.0f) x[i] = _mm512_mul_ps(capped(x[i], work.softcap), _mm512_set1_ps(kLog2e));
-  }
-  if (from > 0 || to < kTile) {
-    const uint64_t below = to == 64 ? ~uint64_t{0} : (uint64_t{1} << to) - 1;
-    const uint64_t seen_keys = from < 64 ? below & (~uint64_t{0} << from) : 0;
-    for (int i = 0; i < kGroups; ++i)
-      x[i] = _mm512_mask_mov_ps(_mm512_set1_ps(kNone), static_cast<__mmask16>(seen_keys >> (i * kSide)), x[i]);
-  }
-  for (int i = 0; i < kGroups; ++i) _mm512_store_ps(scores + i * kSide, x[i]);
-  return _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(x[0], x[1]), _mm512_max_ps(x[2], x[3])));
+// The keys of a tile that a row sees, a bit each.
+inline uint64_t seen_keys(const Work& work, int64_t first_key, int count, int64_t position) {
+  const int64_t seen = position - first_key + 1, hidden = work.window ? seen - work.window : 0;
+  const int64_t to = seen < count ? seen : count;
+  if (to <= 0 || hidden >= kTile) return 0;
+  const uint64_t below = to == kTile ? ~uint64_t{0} : (uint64_t{1} << to) - 1;
+  return hidden > 0 ? below & (~uint64_t{0} << hidden) : below;
 }
 
-// Scores of a tile become weights; what was summed before is brought to the new maxima.
-void weigh(const Scratch& s, const Work& work, int64_t first_key, int count, int D) {
-  static_assert(kTile == 64 && kGroups == 4);
-  const int rows = work.num_rows;
-  for (int r = 0; r < rows; ++r)
-    s.base[r] = scale_row(s.scores + r * kTile, work, first_key, count, work.position[r]);
-  for (int r = 0; r < rows; r += kSide) {
-    const __m512 before = _mm512_load_ps(s.maximum + r), now = _mm512_max_ps(before, _mm512_load_ps(s.base + r));
-    const __m512 base = _mm512_mask_mov_ps(now, _mm512_cmp_ps_mask(now, _mm512_set1_ps(kNone), _CMP_EQ_OQ),
-                                           _mm512_setzero_ps());
-    _mm512_store_ps(s.maximum + r, now);
-    _mm512_store_ps(s.base + r, base);
-    _mm512_store_ps(s.factor + r, exp2(_mm512_sub_ps(before, base)));
+inline __mmask16 part(uint64_t seen, int group) { return static_cast<__mmask16>(seen >> (group * kSide)); }
+
+// Lane r: the highest lane of x[r].
+inline __m512 highest_of_each(const __m512* x) {
+  __m512 a[8], b[4], c[2];
+  for (int i = 0; i < 8; ++i) {
+    const __m512 one = x[i / 4 * 8 + i % 4], other = x[i / 4 * 8 + i % 4 + 4];
+    a[i] = _mm512_max_ps(_mm512_shuffle_f32x4(one, other, 0x44), _mm512_shuffle_f32x4(one, other, 0xee));
   }
-  for (int r = 0; r < rows; ++r) {
+  // b[i] has 128 bits for each of the rows i, i + 4, i + 8, i + 12.
+  for (int i = 0; i < 4; ++i)
+    b[i] = _mm512_max_ps(_mm512_shuffle_f32x4(a[i], a[i + 4], 0x88), _mm512_shuffle_f32x4(a[i], a[i + 4], 0xdd));
+  for (int i = 0; i < 2; ++i)
+    c[i] = _mm512_max_ps(_mm512_unpacklo_ps(b[i], b[i + 2]), _mm512_unpackhi_ps(b[i], b[i + 2]));
+  const __m512d d = _mm512_castps_pd(c[0]), e = _mm512_castps_pd(c[1]);
+  const __m512 pairs = _mm512_max_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(d, e)), _mm512_castpd_ps(_mm512_unpackhi_pd(d, e)));
+  // Each 128 bits now hold the rows i, i + 2, i + 1, i + 3 of four, four apart.
+  return _mm512_permute_ps(pairs, 0xd8);
+}
+
+// To s.base the highest of each row's scores among the keys it sees, -inf where there are none.
+template <int groups> void find_highest(const Scratch& s, const uint64_t* seen, int r, int rows) {
+  const __m512 none = _mm512_set1_ps(kNone);
+  __m512 most[kSide];
+  for (int i = 0; i < rows; ++i) {
+    const float* x = s.scores + (r + i) * kTile;
+    most[i] = none;
+    for (int g = 0; g < groups; ++g) {
+      const __m512 value = _mm512_load_ps(x + g * kSide);
+      most[i] = _mm512_max_ps(most[i], seen ? _mm512_mask_mov_ps(none, part(seen[i], g), value) : value);
+    }
+  }
+  if (rows <= kSide / 4) {
+    for (int i = 0; i < rows; ++i) s.base[r + i] = _mm512_reduce_max_ps(most[i]);
+    return;
+  }
+  for (int i = rows; i < kSide; ++i) most[i] = none;
+  _mm512_store_ps(s.base + r, highest_of_each(most));
+}
+
+// Scores become weights, the factor being of what was summed before; hidden keys weigh zero.
+template <int groups>
+void exponentiate(const Scratch& s, const uint64_t* seen, __m512 to_log2, int first, int rows, int D) {
+  for (int r = first; r < first + rows; ++r) {
     const float* x = s.scores + r * kTile;
     const __m512 base = _mm512_set1_ps(s.base[r]);
-    const __m512 a = exp2(_mm512_sub_ps(_mm512_load_ps(x), base)), b = exp2(_mm512_sub_ps(_mm512_load_ps(x + 16), base));
-    const __m512 c = exp2(_mm512_sub_ps(_mm512_load_ps(x + 32), base));
-    const __m512 d = exp2(_mm512_sub_ps(_mm512_load_ps(x + 48), base));
-    const __m512 added = _mm512_add_ps(_mm512_add_ps(a, b), _mm512_add_ps(c, d));
+    __m512 weight[groups];
+    for (int g = 0; g < groups; ++g) {
+      weight[g] = exp2(_mm512_fmsub_ps(_mm512_load_ps(x + g * kSide), to_log2, base));
+      if (seen) weight[g] = _mm512_maskz_mov_ps(part(seen[r - first], g), weight[g]);
+    }
+    __m512 added = _mm512_add_ps(weight[0], weight[1]);
+    if constexpr (groups == 4) added = _mm512_add_ps(added, _mm512_add_ps(weight[2], weight[3]));
     float* sums = s.sums + r * 16;
     _mm512_store_ps(sums, _mm512_fmadd_ps(_mm512_load_ps(sums), _mm512_set1_ps(s.factor[r]), added));
     char* weights = reinterpret_cast<char*>(s.weights + r * kTile);
-    _mm512_store_si512(weights, (__m512i)_mm512_cvtne2ps_pbh(b, a));
-    _mm512_store_si512(weights + 64, (__m512i)_mm512_cvtne2ps_pbh(d, c));
+    for (int g = 0; g < groups; g += 2)
+      _mm512_store_si512(weights + g * 32, (__m512i)_mm512_cvtne2ps_pbh(weight[g + 1], weight[g]));
     if (s.factor[r] == 1.0f) continue;
     const __m512 factor = _mm512_set1_ps(s.factor[r]);
     for (int i = 0; i < D; i += 16) {
@@ -186,6 +204,32 @@ void weigh(const Scratch& s, const Work& work, int64_t first_key, int count, int
       _mm512_store_ps(to, _mm512_mul_ps(_mm512_load_ps(to), factor));
     }
   }
+}
+
+// What a tile of `count` keys adds to the 16 rows from r on: scores become weights, and what was summed before is
+// brought to the new maxima.
+template <int groups>
+void weigh(const Scratch& s, const Work& work, int r, int64_t first_key, int count, int64_t lowest, int D) {
+  const int rows = work.num_rows - r < kSide ? work.num_rows - r : kSide;
+  uint64_t masks[kSide];
+  const bool all_seen = count == groups * kSide && first_key + count - 1 <= lowest && work.window == 0;
+  if (!all_seen)
+    for (int i = 0; i < rows; ++i) masks[i] = seen_keys(work, first_key, count, work.position[r + i]);
+  const uint64_t* seen = all_seen ? nullptr : masks;
+  const __m512 to_log2 = _mm512_set1_ps(work.softcap != 0.0f ? kLog2e : work.scale * kLog2e);
+  if (work.softcap != 0.0f)
+    for (int i = r; i < r + rows; ++i)
+      for (float* x = s.scores + i * kTile; x < s.scores + i * kTile + groups * kSide; x += kSide)
+        _mm512_store_ps(x, capped(_mm512_mul_ps(_mm512_load_ps(x), _mm512_set1_ps(work.scale)), work.softcap));
+  find_highest<groups>(s, seen, r, rows);
+  const __m512 before = _mm512_load_ps(s.maximum + r);
+  const __m512 now = _mm512_max_ps(before, _mm512_mul_ps(_mm512_load_ps(s.base + r), to_log2));
+  const __m512 base =
+      _mm512_mask_mov_ps(now, _mm512_cmp_ps_mask(now, _mm512_set1_ps(kNone), _CMP_EQ_OQ), _mm512_setzero_ps());
+  _mm512_store_ps(s.maximum + r, now);
+  _mm512_store_ps(s.base + r, base);
+  _mm512_store_ps(s.factor + r, exp2(_mm512_sub_ps(before, base)));
+  exponentiate<groups>(s, seen, to_log2, r, rows, D);
 }
 
 // A copy of the last 32 values with zeros after the first `count`: what lies there may be NaN, and 0 * NaN is.
@@ -200,57 +244,47 @@ void copy_tail(char* to, const char* v, int count, int D) {
   }
 }
 
-// out[rows][D] += weights @ values
-void accumulate(const Scratch& s, const Located& at, int rows, int D) {
-  const int groups = (at.count + kPackedValues - 1) / kPackedValues;
-  const char* v[kGroups / 2];
-  for (int g = 0; g < groups; ++g) v[g] = at.v[g];
-  if (at.count % kPackedValues) {
-    copy_tail(s.tail, v[groups - 1], at.count % kPackedValues, D);
-    v[groups - 1] = s.tail;
-  }
-  for (int r = 0; r < rows; r += kSide) {
-    const uint16_t* weights = s.weights + r * kTile;
-    int d = 0;
-    for (; d + 64 <= D; d += 64) {
-      float* to = s.out + r * D + d;
-      _tile_loadd(0, to, D * 4);
-      _tile_loadd(1, to + 16, D * 4);
-      _tile_loadd(2, to + 32, D * 4);
-      _tile_loadd(3, to + 48, D * 4);
-      for (int g = 0; g < groups; ++g) {
-        const char* b = v[g] + d / 16 * kPackedTile;
-        _tile_loadd(4, weights + g * 32, kTile * 2);
-        _tile_loadd(5, b, 64);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_loadd(6, b + kPackedTile, 64);
-        _tile_dpbf16ps(1, 4, 6);
-        _tile_loadd(5, b + 2 * kPackedTile, 64);
-        _tile_dpbf16ps(2, 4, 5);
-        _tile_loadd(6, b + 3 * kPackedTile, 64);
-        _tile_dpbf16ps(3, 4, 6);
-      }
-      _tile_stored(0, to, D * 4);
-      _tile_stored(1, to + 16, D * 4);
-      _tile_stored(2, to + 32, D * 4);
-      _tile_stored(3, to + 48, D * 4);
+// out[16][D] += weights[16] @ values from row r on. v: of 32 keys each, `groups` of them.
+void accumulate(const Scratch& s, const char* const* v, int groups, int r, int D) {
+  const uint16_t* weights = s.weights + r * kTile;
+  int d = 0;
+  for (; d + 64 <= D; d += 64) {
+    float* to = s.out + r * D + d;
+    _tile_loadd(0, to, D * 4);
+    _tile_loadd(1, to + 16, D * 4);
+    _tile_loadd(2, to + 32, D * 4);
+    _tile_loadd(3, to + 48, D * 4);
+    for (int g = 0; g < groups; ++g) {
+      const char* b = v[g] + d / 16 * kPackedTile;
+      _tile_loadd(4, weights + g * 32, kTile * 2);
+      _tile_loadd(5, b, 64);
+      _tile_dpbf16ps(0, 4, 5);
+      _tile_loadd(6, b + kPackedTile, 64);
+      _tile_dpbf16ps(1, 4, 6);
+      _tile_loadd(5, b + 2 * kPackedTile, 64);
+      _tile_dpbf16ps(2, 4, 5);
+      _tile_loadd(6, b + 3 * kPackedTile, 64);
+      _tile_dpbf16ps(3, 4, 6);
     }
-    if (d < D) {  // 32 more
-      float* to = s.out + r * D + d;
-      _tile_loadd(0, to, D * 4);
-      _tile_loadd(1, to + 16, D * 4);
-      for (int g = 0; g < groups; ++g) {
-        const char* b = v[g] + d / 16 * kPackedTile;
-        _tile_loadd(4, weights + g * 32, kTile * 2);
-        _tile_loadd(5, b, 64);
-        _tile_dpbf16ps(0, 4, 5);
-        _tile_loadd(6, b + kPackedTile, 64);
-        _tile_dpbf16ps(1, 4, 6);
-      }
-      _tile_stored(0, to, D * 4);
-      _tile_stored(1, to + 16, D * 4);
-    }
+    _tile_stored(0, to, D * 4);
+    _tile_stored(1, to + 16, D * 4);
+    _tile_stored(2, to + 32, D * 4);
+    _tile_stored(3, to + 48, D * 4);
   }
+  if (d == D) return;  // 32 more
+  float* to = s.out + r * D + d;
+  _tile_loadd(0, to, D * 4);
+  _tile_loadd(1, to + 16, D * 4);
+  for (int g = 0; g < groups; ++g) {
+    const char* b = v[g] + d / 16 * kPackedTile;
+    _tile_loadd(4, weights + g * 32, kTile * 2);
+    _tile_loadd(5, b, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    _tile_loadd(6, b + kPackedTile, 64);
+    _tile_dpbf16ps(1, 4, 6);
+  }
+  _tile_stored(0, to, D * 4);
+  _tile_stored(1, to + 16, D * 4);
 }
 
 // A row's state: 16 lanes of its denominator, its maximum, padding, then its sums.
@@ -297,42 +331,74 @@ struct Lane {
   const Work* work;
   Scratch scratch;
   int64_t first;
+  int64_t lowest;  // position among its rows
+  int groups;      // of 32 keys in this tile
   Located now, next;
 };
 
-// Each step is taken for all lanes before the next one: a step waits for the last, the lanes do not for each other.
+int64_t lowest_position(const Work& work) {
+  int64_t lowest = work.position[0];
+  for (int r = 1; r < work.num_rows; ++r) lowest = work.position[r] < lowest ? work.position[r] : lowest;
+  return lowest;
+}
+
+// A lane's next tile of keys: where it is, and its values without what lies past the last one.
+void advance(Lane& lane, int D) {
+  lane.now = lane.next;
+  locate(lane.next, *lane.work, lane.first + kTile);
+  prefetch(lane.next, *lane.work);
+  lane.groups = (lane.now.count + kPackedValues - 1) / kPackedValues;
+  if (lane.now.count % kPackedValues == 0) return;
+  const char*& last = lane.now.v[lane.groups - 1];
+  copy_tail(lane.scratch.tail, last, lane.now.count % kPackedValues, D);
+  last = lane.scratch.tail;
+}
+
+// 16 rows of a lane.
+struct Unit {
+  Lane* lane;
+  int row;
+};
+
+// Units' scores are a step ahead of their weights: the matrix unit works on one's while the vector units work on
+// another's, as far as the processor looks ahead.
+void attend_tile(const Unit* units, int count, int D, int64_t key_step) {
+  score(units->lane->scratch, units->lane->now, units->row, D, key_step);
+  for (const Unit* unit = units; unit < units + count; ++unit) {
+    const Unit* next = unit + 1;
+    if (next < units + count) score(next->lane->scratch, next->lane->now, next->row, D, key_step);
+    const Lane& lane = *unit->lane;
+    const auto weigh_groups = lane.groups > 1 ? weigh<4> : weigh<2>;
+    weigh_groups(lane.scratch, *lane.work, unit->row, lane.first, lane.now.count, lane.lowest, D);
+    accumulate(lane.scratch, lane.now.v, lane.groups, unit->row, D);
+  }
+}
+
 void attend_lanes(const Work* works, int count, float* scratch) {
   const int D = works->head_dim;
   const int64_t key_step = works->block_size / kPackedKeys * kPackedTile;
   const int64_t lane_floats = scratch_floats(D) / kLanes / 16 * 16;
-  Lane* lanes[kLanes];
   alignas(Lane) char room[kLanes * sizeof(Lane)];
+  Lane* lanes = reinterpret_cast<Lane*>(room);
   for (int i = 0; i < count; ++i) {
-    lanes[i] = new (room + i * sizeof(Lane)) Lane{works + i, Scratch(scratch + i * lane_floats, D, count > 1), works[i].begin, {}, {}};
-    start(lanes[i]->scratch, works[i], D);
-    locate(lanes[i]->next, works[i], works[i].begin);
+    const Scratch own(scratch + i * lane_floats, D, count > 1);
+    new (lanes + i) Lane{works + i, own, works[i].begin, lowest_position(works[i]), 0, {}, {}};
+    start(own, works[i], D);
+    locate(lanes[i].next, works[i], works[i].begin);
   }
-  for (int active = count; active > 0;) {
-    // A lane that has ended gives its place to the last one.
-    for (int i = 0; i < active;) {
-      if (lanes[i]->first < lanes[i]->work->end) ++i;
-      else std::swap(lanes[i], lanes[--active]);
+  for (;;) {
+    Unit units[kUnits];
+    int num_units = 0;
+    for (Lane* lane = lanes; lane < lanes + count; ++lane) {
+      if (lane->first >= lane->work->end) continue;
+      advance(*lane, D);
+      for (int r = 0; r < lane->work->num_rows; r += kSide) units[num_units++] = {lane, r};
     }
-    for (int i = 0; i < active; ++i) {
-      Lane& lane = *lanes[i];
-      lane.now = lane.next;
-      locate(lane.next, *lane.work, lane.first + kTile);
-      prefetch(lane.next, *lane.work);
-      score(lane.scratch, lane.now, lane.work->num_rows, D, key_step);
-    }
-    for (int i = 0; i < active; ++i)
-      weigh(lanes[i]->scratch, *lanes[i]->work, lanes[i]->first, lanes[i]->now.count, D);
-    for (int i = 0; i < active; ++i) {
-      accumulate(lanes[i]->scratch, lanes[i]->now, lanes[i]->work->num_rows, D);
-      lanes[i]->first += kTile;
-    }
+    if (num_units == 0) break;
+    attend_tile(units, num_units, D, key_step);
+    for (int i = 0; i < count; ++i) lanes[i].first += kTile;
   }
-  for (int i = 0; i < count; ++i) finish(lanes[i]->scratch, *lanes[i]->work, D);
+  for (int i = 0; i < count; ++i) finish(lanes[i].scratch, *lanes[i].work, D);
 }
 
 }  // namespace

@@ -108,6 +108,7 @@ void attend_item(const Call& call, Kernel attend, const Item& item, char* room, 
 
 Tensor encoder_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
                          double softmax_scale) {
+  STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale: ", softmax_scale, "; expected more than 0");
   Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
   Call call{heads_of(q, q, "q"), heads_of(k, q, "k"), heads_of(v, q, "v"), heads_of(out, q, "out"), {}, 0, false};
   const Type type = type_of(q, "q");
