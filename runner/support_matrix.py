@@ -55,8 +55,11 @@ DEVICE_EVIDENCE = {
     "x86-64 CPU, Linux": (TESTED, "all tests run there"),
     "ARM CPU, Linux": (UNTESTED, "plain torch serves it; nothing was run there"),
     "macOS": (UNTESTED, "plain torch serves it; nothing was run there"),
-    "NVIDIA GPU": (UNTESTED, "the cuda and triton engines say what they miss; jobs run on the CPU"),
+    "NVIDIA GPU": (UNTESTED, "kernels were compiled, and checked on a processor; engines/gpu_ledger.json is empty"),
     "AMD, Intel, Ascend, MetaX, Cambricon": (UNTESTED, "no engine offers them; jobs run on the CPU"),
+    "Python 3.11, torch 2.13, transformers 5.23": (TESTED, "all tests run with them"),
+    "Python 3.10, 3.12, 3.13": (UNTESTED, "constraints.txt resolves for them; nothing was run"),
+    "torch 2.11, 2.12": (UNTESTED, "the compiled libraries use nothing newer; nothing was run"),
 }
 KIND_EVIDENCE = {
     "sources": "tests/runner/source/test_contract.py",
