@@ -40,13 +40,13 @@ template <Activation kind> inline __m512 activated(__m512 x) {
   } else return _mm512_max_ps(_mm512_setzero_ps(), x);  // operands in this order keep NaN
 }
 
-template <Activation kind, bool gated> inline __m512 one(__m512 x, __m512 up) {
-  if constexpr (kind == Activation::swiglu_oai) {
-    const __m512 most = all(kOaiLimit), g = _mm512_min_ps(most, x);
-    const __m512 u = _mm512_max_ps(all(-kOaiLimit), _mm512_min_ps(most, up));
-    return _mm512_mul_ps(gate(g, _mm512_mul_ps(g, all(-kOaiAlpha * kLog2e))), _mm512_add_ps(u, all(1.0f)));
-  } else if constexpr (gated) return _mm512_mul_ps(rounded(activated<kind>(x)), up);
-  else return activated<kind>(x);
+template <Activation kind> inline Pair activated(Pair x) { return {activated<kind>(x.even), activated<kind>(x.odd)}; }
+inline Pair product(Pair x, Pair y) { return {_mm512_mul_ps(x.even, y.even), _mm512_mul_ps(x.odd, y.odd)}; }
+
+inline __m512 swiglu_oai(__m512 x, __m512 up) {
+  const __m512 most = all(kOaiLimit), g = _mm512_min_ps(most, x);
+  const __m512 u = _mm512_max_ps(all(-kOaiLimit), _mm512_min_ps(most, up));
+  return _mm512_mul_ps(gate(g, _mm512_mul_ps(g, all(-kOaiAlpha * kLog2e))), _mm512_add_ps(u, all(1.0f)));
 }
 
 template <Activation kind, bool gated> void activate_rows(const Activate& what, int64_t first, int64_t last) {
@@ -54,13 +54,16 @@ template <Activation kind, bool gated> void activate_rows(const Activate& what, 
     const char* from = static_cast<const char*>(what.x) + row * what.x_stride * 2;
     char* out = static_cast<char*>(what.out) + row * what.out_stride * 2;
     for (int64_t i = 0; i < what.size; i += 32) {
-      const int64_t left = what.size - i;
-      const __mmask32 mask = left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1;
-      const __m512i x = _mm512_maskz_loadu_epi16(mask, from + i * 2);
-      __m512i up = x;
-      if constexpr (gated) up = _mm512_maskz_loadu_epi16(mask, from + (what.size + i) * 2);
-      const __m512 a = one<kind, gated>(low(x), low(up)), b = one<kind, gated>(high(x), high(up));
-      _mm512_mask_storeu_epi16(out + i * 2, mask, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+      const __mmask32 mask = mask_of(what.size - i);
+      const Pair x = load(from + i * 2, mask);
+      if constexpr (!gated) {
+        store(out + i * 2, mask, activated<kind>(x));
+        continue;
+      }
+      const Pair up = load(from + (what.size + i) * 2, mask);
+      if constexpr (kind == Activation::swiglu_oai)
+        store(out + i * 2, mask, {swiglu_oai(x.even, up.even), swiglu_oai(x.odd, up.odd)});
+      else store(out + i * 2, mask, product(rounded(activated<kind>(x)), up));
     }
   }
 }

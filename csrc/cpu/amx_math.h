@@ -2,6 +2,7 @@
 #pragma once
 
 #include <immintrin.h>
+#include <stdint.h>
 
 namespace cpu_ops {
 namespace amx {
@@ -20,12 +21,30 @@ inline __m512 exp2(__m512 x) {
 
 inline float exp2(float x) { return _mm512_cvtss_f32(exp2(_mm512_set1_ps(x))); }
 
-// bfloat16 numbers as float32.
-inline __m512 widened(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
-// The first 16 of 32, and the others.
-inline __m512 low(__m512i x) { return widened(_mm512_castsi512_si256(x)); }
-inline __m512 high(__m512i x) { return widened(_mm512_extracti64x4_epi64(x, 1)); }
-inline __m512 rounded(__m512 x) { return widened((__m256i)_mm512_cvtneps_pbh(x)); }
+// 32 bfloat16 numbers as float32: those at even places, which are the low halves of 32-bit lanes, and those at odd ones.
+struct Pair {
+  __m512 even, odd;
+};
+
+inline Pair widened(__m512i x) {
+  const __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(x, 16)), _mm512_castsi512_ps(_mm512_and_si512(x, high))};
+}
+
+inline __m512i narrowed(Pair x) {
+  // The conversion puts one after the other; this brings each back to its place.
+  const __m512i places = _mm512_set_epi32(0x1f000f, 0x1e000e, 0x1d000d, 0x1c000c, 0x1b000b, 0x1a000a, 0x190009, 0x180008,
+                                         0x170007, 0x160006, 0x150005, 0x140004, 0x130003, 0x120002, 0x110001, 0x100000);
+  return _mm512_permutexvar_epi16(places, (__m512i)_mm512_cvtne2ps_pbh(x.odd, x.even));
+}
+
+inline Pair rounded(Pair x) { return widened(narrowed(x)); }
+
+// The first `left` of 32 places.
+inline __mmask32 mask_of(int64_t left) { return left >= 32 ? ~__mmask32{0} : (__mmask32{1} << left) - 1; }
+
+inline Pair load(const char* from, __mmask32 mask) { return widened(_mm512_maskz_loadu_epi16(mask, from)); }
+inline void store(char* to, __mmask32 mask, Pair x) { _mm512_mask_storeu_epi16(to, mask, narrowed(x)); }
 
 }  // namespace amx
 }  // namespace cpu_ops
