@@ -144,6 +144,14 @@ def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     return best, index
 
 
+def log_softmax_gather(logits: Tensor, targets: Tensor) -> Tensor:
+    """As the reference, in the logits' own dtype: nothing of the vocabulary's size is made."""
+    if logits.dtype == torch.float64:
+        return sampling.log_softmax_gather(logits, targets)
+    result: Tensor = torch.ops.cpu_ops.log_softmax_gather(logits, targets)
+    return result
+
+
 def _flat(groups: tuple[PrefixGroup, ...]) -> tuple[Tensor | None, Tensor | None]:
     """(members end to end, [num_groups, 2] of members and blocks), both int32; None without groups."""
     if not groups:

@@ -69,7 +69,7 @@ OPS: dict[str, dict[str, Allowed]] = {
 COMPILED = frozenset(
     {
         *("paged_attention", "encoder_attention", "rope", "write_kv"),
-        *("rms_norm", "add_rms_norm", "layer_norm", "act", "act_and_mul"),
+        *("rms_norm", "add_rms_norm", "layer_norm", "act", "act_and_mul", "log_softmax_gather"),
     }
 )
 """Ops of the compiled library; without it they are the slower ones of torch, and the plan says so."""

@@ -26,3 +26,4 @@ class OpSet(ops.OpSet):
             self.rope, self.write_kv = compiled.rope, compiled.write_kv
             self.layer_norm, self.encoder_attention = compiled.layer_norm, compiled.encoder_attention
             self.act, self.act_and_mul, self.argmax = compiled.act, compiled.act_and_mul, compiled.argmax
+            self.log_softmax_gather = compiled.log_softmax_gather

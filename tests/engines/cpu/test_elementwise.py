@@ -10,12 +10,12 @@ from torch import Tensor
 
 from engines import extension
 from engines.cpu.opset import OpSet
-from engines.ops import activation, kv_cache, norm, rotary
+from engines.ops import activation, kv_cache, norm, rotary, sampling
 from engines.ops.kv_cache import KVCache
+from tests.compare import assert_as_exact
 
 pytestmark = pytest.mark.skipif(extension.reason() is not None, reason=str(extension.reason()))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-FLOOR = 2**-22
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 every_shape = pytest.mark.parametrize("rows", (0, 1, 3, 257))
 every_size = pytest.mark.parametrize("size", (1, 15, 64, 576, 33))
@@ -29,12 +29,7 @@ def numbers(*shape: int, dtype: torch.dtype, seed: int = 0, stretch: float = 3.0
 
 
 def as_exact(found: Tensor, op: Callable[..., Tensor], *args: Tensor) -> None:
-    exact, plain = op(*(arg.double() for arg in args)), op(*args)
-    assert found.dtype == plain.dtype
-    assert found.shape == plain.shape
-    if exact.numel():
-        allowed = 2 * (plain.double() - exact).abs().max().item() + FLOOR * max(1.0, exact.abs().max().item())
-        assert (found.double() - exact).abs().max().item() <= allowed
+    assert_as_exact(found, op(*(arg.double() for arg in args)), op(*args))
 
 
 @every_dtype
@@ -127,3 +122,18 @@ def test_write_kv_outside_the_cache_is_refused() -> None:
     k = torch.zeros(1, 1, 8)
     with pytest.raises(RuntimeError, match=r"slot_mapping: 8; expected 0 to 7"):
         OpSet().write_kv(k, k, cache, torch.tensor([8]))
+
+
+@every_dtype
+@pytest.mark.parametrize("vocab", (1, 40, 5003))
+def test_log_softmax_gather_of_what_is_not_finite(dtype: torch.dtype, vocab: int) -> None:
+    logits = numbers(7, vocab, dtype=dtype)
+    targets = torch.arange(7) * 7 % vocab
+    logits[1], logits[2, -1], logits[3, vocab // 2] = float("-inf"), float("nan"), float("inf")
+    logits[4, targets[4]], logits[5, vocab // 3] = float("-inf"), float("-inf")
+    as_exact(OpSet().log_softmax_gather(logits, targets), lambda x: sampling.log_softmax_gather(x, targets), logits)
+
+
+def test_a_target_outside_the_vocabulary_is_refused() -> None:
+    with pytest.raises(RuntimeError, match=r"targets: 8; expected 0 to 7"):
+        OpSet().log_softmax_gather(torch.zeros(1, 8), torch.tensor([8]))
