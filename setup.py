@@ -34,8 +34,8 @@ CUDA_SOURCES = sorted(str(path.relative_to(ROOT)) for path in cuda_build.FOLDER.
 KERNEL_SUFFIX = "_kernel.cpp"
 """Sources compiled once for each instruction set; the others choose among them at run time."""
 X86_FLAGS = {
-    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mprefer-vector-width=512"),
-    "avx2": ("-mavx2", "-mfma"),
+    "avx512": ("-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mf16c", "-mprefer-vector-width=512"),
+    "avx2": ("-mavx2", "-mfma", "-mf16c"),
     "baseline": (),
 }
 AMX_SUFFIX = "_amx.cpp"

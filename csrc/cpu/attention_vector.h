@@ -12,6 +12,10 @@
 #define CPU_OPS_WIDTH 4
 #endif
 
+#if defined(__F16C__)
+#include <immintrin.h>  // its functions are always inlined
+#endif
+
 namespace cpu_ops {
 namespace ISA {
 namespace {
@@ -58,9 +62,22 @@ inline Float tanh(Float x) {
   return (e - 1.0f) / (e + 1.0f);
 }
 
+#if defined(__F16C__)
+#if CPU_OPS_WIDTH == 16
+inline Float from_f16(Short x) { return bits<Float>(_mm512_cvtph_ps(bits<__m256i>(x))); }
+inline Short to_f16(Float x) { return bits<Short>(_mm512_cvtps_ph(bits<__m512>(x), _MM_FROUND_TO_NEAREST_INT)); }
+#else
+inline Float from_f16(Short x) { return bits<Float>(_mm256_cvtph_ps(bits<__m128i>(x))); }
+inline Short to_f16(Float x) { return bits<Short>(_mm256_cvtps_ph(bits<__m256>(x), _MM_FROUND_TO_NEAREST_INT)); }
+#endif
+#endif
+
 // 16-bit floats in the low halves of 32-bit lanes, as float32.
 template <Type type> inline Float widen(Uint half) {
   if constexpr (type == Type::bf16) return bits<Float>(half << 16);
+#if defined(__F16C__)
+  return from_f16(__builtin_convertvector(half, Short));
+#endif
   const Float magnitude = bits<Float>((half & 0x7fff) << 13) * 5.192296858534828e33f;  // 2^112 moves the exponent's bias
   const Uint infinite = magnitude >= 65536.0f ? Uint{} + 0x7f800000u : Uint{};
   return bits<Float>(bits<Uint>(magnitude) | infinite | ((half & 0x8000) << 16));
@@ -91,6 +108,9 @@ template <Type type> inline Uint narrow(Float x) {
     const Uint u = bits<Uint>(x);
     return x == x ? (u + 0x7fff + ((u >> 16) & 1)) >> 16 : Uint{} + 0x7fc0;
   }
+#if defined(__F16C__)
+  return __builtin_convertvector(to_f16(x), Uint);
+#endif
   Uint halves{};
   for (int i = 0; i < W; ++i) halves[i] = narrow_f16(x[i]);
   return halves;
