@@ -160,16 +160,22 @@ def inside(folder: Path, name: str) -> Path:
             "do not use this checkpoint unless you know who made it"
         )
     root = folder.resolve()
-    roots = [root]
-    if root.parent.name == "snapshots":
-        roots.append(root.parent.parent / "blobs")
     target = (folder / name).resolve()
-    if not any(target.is_relative_to(allowed) for allowed in roots):
+    if not any(target.is_relative_to(allowed) for allowed in (root, *hub_blobs(root))):
         raise CheckpointError(
             f"{folder / name}: is a link to {target}, outside the model folder; expected a file inside it; "
             "copy the file into the folder if it is meant to be there"
         )
     return target
+
+
+def hub_blobs(folder: Path) -> list[Path]:
+    """Where a hub cache keeps the files that a folder `snapshots/<revision>` of it has links to; else nothing.
+
+    Source: huggingface_hub's guide "Understand caching".
+    """
+    snapshots = next((parent for parent in folder.parents if parent.name == "snapshots"), None)
+    return [] if snapshots is None else [snapshots.parent / "blobs"]
 
 
 def _read_json(folder: Path, name: str) -> dict[str, Any] | None:

@@ -23,7 +23,7 @@ from engines.api import EngineConfig, SamplingParams, bounded
 from runner import schema
 from runner.errors import ConfigError
 from runner.schema import Key
-from runner.secrets import mask_tree
+from runner.secrets import holds_secret, mask_tree
 
 
 @dataclass(frozen=True)
@@ -83,6 +83,10 @@ class DatasetConfig:
     """A column of your own that identifies rows; kept in the output. Identity itself is file and row number."""
     chunk_rows: int = bounded(10_000, ge=1)
     """Most rows in a chunk, the unit of commit: a chunk becomes one Parquet file."""
+    remote: bool = False
+    """Let `path` be a URL that leads to another machine (s3, gs, https, ...). Off: it is refused."""
+    follow_links: bool = False
+    """Let symbolic links in a folder or under a glob lead out of it. Off: such a link is refused."""
 
 
 @dataclass(frozen=True)
@@ -232,7 +236,9 @@ def load(cfg: DictConfig) -> JobConfig:
         tree: Any = OmegaConf.to_container(cfg, resolve=True)
     except OmegaConfBaseException as error:
         raise ConfigError(_interpolation_message(error)) from None
-    findings: list[str] = []
+    except RecursionError:
+        raise ConfigError("configuration: nested too deep; expected a few levels; correct it") from None
+    findings = list(_interpolated_secrets(OmegaConf.to_container(cfg, resolve=False), tree, ""))
     backend = _backend(tree, findings)
     task = _task_module(tree, findings)
     known = job_keys(backend, task)
@@ -424,6 +430,25 @@ def _task_module(tree: Mapping[str, Any], findings: list[str]) -> Any:
     key = replace(schema.keys(TaskConfig)[0], bounds={"choices": tuple(found)})
     schema.arguments([key], {"name": name}, "task", findings)
     return None
+
+
+def _interpolated_secrets(written: Any, resolved: Any, path: str) -> Iterator[str]:
+    """Keys that fetch a credential from the environment (`${oc.env:HF_TOKEN}`) into what is saved and computed with.
+
+    dataset.path may: URLs can need them, and are never shown with them.
+    """
+    if isinstance(written, str):
+        if "${" in written and path != "dataset.path" and holds_secret(str(resolved)):
+            yield (
+                f"{path}: {written} holds a credential; expected none, as configurations are saved with the results; "
+                "leave it in the environment, where the libraries that need it find it"
+            )
+    elif isinstance(written, dict) and isinstance(resolved, dict):
+        for name in written.keys() & resolved.keys():
+            yield from _interpolated_secrets(written[name], resolved[name], f"{path}.{name}" if path else str(name))
+    elif isinstance(written, list) and isinstance(resolved, list):
+        for place, (inner, value) in enumerate(zip(written, resolved, strict=False)):
+            yield from _interpolated_secrets(inner, value, f"{path}[{place}]")
 
 
 def _interpolation_message(error: OmegaConfBaseException) -> str:

@@ -11,6 +11,7 @@ import xxhash
 
 from engines.api import EngineSettings
 from runner.config import JobConfig
+from runner.secrets import mask
 from runner.source.paths import shown_url
 
 LONGEST = 120
@@ -24,6 +25,7 @@ def fingerprint(
 
     Not in it: what only steers the run (mode, shard, limits on time and errors, journal, host), how results are stored
     (compression, row groups), and the engine's batching, which changes no result as long as numerics is invariant.
+    Credentials stand as ***: they change no result either.
     """
     values: dict[str, Any] = {
         "model": model_digest,
@@ -50,6 +52,8 @@ def fingerprint(
     for group in ("task", "sampling", "dataset"):
         for name, value in _fields(getattr(job, group)).items():
             values[f"{group}.{name}"] = value
+    for key in ("dataset.remote", "dataset.follow_links"):  # leave to read, no part of what is read
+        del values[key]
     values["dataset.path"] = shown_url(job.dataset.path)
     return {key: spell(value) for key, value in sorted(values.items())}
 
@@ -62,7 +66,7 @@ def spell(value: Any) -> str:
     """A value as a person reads it; a long one as its beginning and a digest."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True, default=str)
+    text = mask(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True, default=str))
     if len(text) <= LONGEST:
         return text
     return f"{text[:40]}... ({len(text)} characters, xxh3 {xxhash.xxh3_128_hexdigest(text.encode())})"

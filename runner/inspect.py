@@ -147,7 +147,7 @@ def inspect(plan: Plan, checkpoint: Checkpoint) -> Inspection:
             RowProblem(code, count, next(error.message for error in errors if error.code == code))
             for code, count in by_code.most_common()
         ),
-        examples=tuple(tokenizer.decode(list(prompt.token_ids)) for prompt in prompts[:NUM_EXAMPLES]),
+        examples=tuple(tokenizer.decode_whole(prompt.token_ids) for prompt in prompts[:NUM_EXAMPLES]),
         prompt_tokens=round(good_rows * job.samples * mean),
         max_output_tokens=round(good_rows * job.samples * output),
     )

@@ -1,4 +1,4 @@
-"""From rows to token ids: row templates, chat templates, the tokenizer. Templates run in a sandbox.
+"""From rows to token ids: row templates, chat templates, the tokenizer. Templates run in a sandbox (runner/sandbox.py).
 
 Text from data never becomes a control token. A template may spell control tokens, data may not: `Tokenizer.shield` puts
 private-use characters in place of the spellings that data has, and `Tokenizer.encode_rendered` encodes those as text.
@@ -17,11 +17,12 @@ from typing import Any
 import jinja2
 import pyarrow as pa
 from jinja2 import ext, meta, nodes, parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
+from engines.checkpoint import MAX_JSON_BYTES, inside
 from runner.errors import BAD_MESSAGES, NULL_INPUT, TEMPLATE_ERROR, TOO_LONG, ConfigError, InputError, RowError
+from runner.sandbox import Sandbox
 
 MAX_PROMPT_CHARS = 10_000_000
 """A rendered prompt longer than this is an error of its row."""
@@ -39,17 +40,10 @@ class Template:
 
     def __init__(self, text: str, key: str) -> None:
         """key: where the template stands in the configuration, for messages. Raises ConfigError for bad syntax."""
-        environment = ImmutableSandboxedEnvironment(
-            undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_printable
-        )
+        self._environment = Sandbox(_printable, undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
         self._key = key
-        try:
-            self._template = environment.from_string(text)
-            self.columns = _columns(environment.parse(text), key)
-        except jinja2.TemplateSyntaxError as error:
-            raise ConfigError(
-                f"{key}: {error.message} in line {error.lineno}; expected a Jinja template; correct it"
-            ) from None
+        self._template, tree = _compiled(self._environment, text, key)
+        self.columns = _columns(tree, key)
         parts = ONE_COLUMN.split(text)
         # Only text and plain columns: no interpreter is needed.
         simple = all("{{" not in p and "{%" not in p and "{#" not in p for p in parts[::2])
@@ -79,6 +73,7 @@ class Template:
         return rows
 
     def _render_row(self, row: Mapping[str, Any]) -> str | RowError:
+        self._environment.start()
         try:
             return "".join(_limited(self._template.generate(row, row=row), self._key))
         except RowError as error:
@@ -94,6 +89,13 @@ class Template:
             NULL_INPUT,
             f"{self._key}: {names}: null; expected a value; filter such rows, or give the template a default",
         )
+
+
+def _compiled(environment: Sandbox, text: str, key: str) -> tuple[jinja2.Template, nodes.Template]:
+    try:
+        return environment.compiled(text, key)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {error}; expected a Jinja template; correct it") from None
 
 
 class _NullPrinted(Exception):
@@ -196,10 +198,30 @@ class Tokenizer:
         ]
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+        """The text of an output: of tokens that follow others."""
+        return self.decode_batch([ids])[0]
 
     def decode_batch(self, ids: Sequence[Sequence[int]]) -> list[str]:
-        return self._tokenizer.decode_batch([list(i) for i in ids], skip_special_tokens=True)
+        lead, text = self._lead
+        whole = self._tokenizer.decode_batch([[*lead, *i] for i in ids], skip_special_tokens=True)
+        return [found[len(text) :] for found in whole] if text else whole
+
+    def decode_whole(self, ids: Sequence[int]) -> str:
+        """The text of tokens that stand at the beginning."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    @functools.cached_property
+    def _lead(self) -> tuple[list[int], str]:
+        """Tokens to put before an output, and their text, where decoding takes the space away that begins a text.
+
+        SentencePiece's decoders do: what follows a prompt would be glued to it.
+        """
+        encode, decode = self._tokenizer.encode, self._tokenizer.decode
+        apart, alone = encode("a a", add_special_tokens=False).ids, encode("a", add_special_tokens=False).ids
+        if apart[: len(alone)] != alone or len(apart) == len(alone):
+            return [], ""
+        marked = (self._tokenizer.id_to_token(apart[len(alone)]) or "").startswith("\u2581")
+        return (alone, decode(alone)) if marked and not decode(apart[len(alone) :]).startswith(" ") else ([], "")
 
     def spells_control(self, text: str) -> bool:
         """Whether a control token is spelled in the text."""
@@ -208,14 +230,23 @@ class Tokenizer:
     def shield(self, value: Any) -> Any:
         """A value from data, with control tokens that its texts spell made unrecognizable at any depth."""
         if isinstance(value, str):
-            return self._spelling.sub(lambda match: self._codes[match[0]], value)
+            shielded = self._spelling.sub(lambda match: self._codes[match[0]], value)
+            return shielded + self._break if self._begins_control(shielded) else shielded
         if isinstance(value, list):
             return [self.shield(item) for item in value]
         if isinstance(value, dict):
-            return {name: self.shield(item) for name, item in value.items()}
+            return {self.shield(name): self.shield(item) for name, item in value.items()}
+        if isinstance(value, bytes) and self.spells_control(str(value)):
+            return self.shield(str(value))
         return value
 
-    def chat(self, template: str | None = None) -> ChatTemplate:
+    def _begins_control(self, text: str) -> bool:
+        """Whether a text ends as a control token begins, so that what comes behind it could complete the spelling."""
+        beginnings, longest = self._beginnings
+        tail = text.rstrip()[-longest:] if longest else ""
+        return any(tail[start:] in beginnings for start in range(len(tail)))
+
+    def chat(self, template: str | None = None, date: datetime.date | None = None) -> ChatTemplate:
         """Raises ConfigError when neither the task nor the checkpoint has a chat template."""
         text = template or self.chat_template
         if text is None:
@@ -223,7 +254,7 @@ class Tokenizer:
                 "task.template: null, and the checkpoint has no chat template; expected one of them; "
                 "write task.template, or use task=generate"
             )
-        return ChatTemplate(text, self)
+        return ChatTemplate(text, self, date)
 
     @functools.cached_property
     def _codes(self) -> dict[str, str]:
@@ -231,6 +262,17 @@ class Tokenizer:
         added = self._tokenizer.get_added_tokens_decoder().values()
         spellings = [SHIELD, *sorted({token.content for token in added if token.special} - {""})]
         return {text: SHIELD + chr(ord(SHIELD) + 1 + i) for i, text in enumerate(spellings)}
+
+    @functools.cached_property
+    def _break(self) -> str:
+        """Code that stands for nothing: what is before it and what is behind are encoded apart."""
+        return SHIELD + chr(ord(SHIELD) + 1 + len(self._codes))
+
+    @functools.cached_property
+    def _beginnings(self) -> tuple[frozenset[str], int]:
+        """Texts that a control token begins with, the longest one's length."""
+        found = frozenset(text[:end] for text in self._codes if text != SHIELD for end in range(1, len(text)))
+        return found, max(map(len, found), default=0)
 
     @functools.cached_property
     def _spelling(self) -> re.Pattern[str]:
@@ -244,7 +286,7 @@ class Tokenizer:
         return copy
 
     def _encode_shielded(self, text: str, add_special: bool) -> list[int]:
-        spelled = {code: text for text, code in self._codes.items()}
+        spelled = {self._break: "", **{code: text for text, code in self._codes.items()}}
         pieces = []
         for piece in re.split(f"({'|'.join(map(re.escape, spelled))})", text):
             if piece in spelled:
@@ -257,33 +299,35 @@ class Tokenizer:
 class ChatTemplate:
     """Messages to text as transformers' apply_chat_template makes it."""
 
-    def __init__(self, text: str, tokenizer: Tokenizer) -> None:
-        """Raises ConfigError for bad syntax."""
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _to_json
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-        try:
-            self._template = environment.from_string(text)
-        except jinja2.TemplateSyntaxError as error:
+    def __init__(self, text: str, tokenizer: Tokenizer, date: datetime.date | None = None) -> None:
+        """date: what strftime_now tells; None: the template is not offered it.
+
+        Raises ConfigError for bad syntax, and for a template that cannot do without a date.
+        """
+        self._environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, ext.loopcontrols])
+        self._environment.globals["raise_exception"] = _refuse
+        self._template, tree = _compiled(self._environment, text, "chat template")
+        if date is not None:
+            self._environment.globals["strftime_now"] = datetime.datetime.combine(date, datetime.time()).strftime
+        elif _needs_date(tree):
             raise ConfigError(
-                f"chat template: {error.message} in line {error.lineno}; expected a Jinja template; correct it"
-            ) from None
+                "task.date: null, and the chat template prints today's date; expected the date that it is to print, so "
+                "that the job gives the same on any day; set task.date, as in task.date='2026-01-31'"
+            )
         named = {name: _content(token) for name, token in tokenizer.config.items() if name.endswith("_token")}
         self._tokens = {name: token for name, token in named.items() if isinstance(token, str)}
         self._shield = tokenizer.shield
 
-    def render(self, messages: Sequence[Mapping[str, Any]], **variables: Any) -> str | RowError:
+    def render(self, messages: Sequence[Mapping[str, Any]], /, **variables: Any) -> str | RowError:
         """The prompt for the next message, for `encode_rendered`: control tokens that messages spell are shielded.
 
         variables: more of what the template reads.
         """
-        safe = [self._shield(dict(message)) for message in messages]
         known = {"tools": None, "documents": None, "add_generation_prompt": True, **self._tokens, **variables}
+        self._environment.start()
         try:
-            return "".join(_limited(self._template.generate(messages=safe, **known), "chat template"))
+            safe = [self._shield(dict(message)) for message in messages]
+            return "".join(_limited(self._template.generate(known, messages=safe), "chat template"))
         except RowError as error:
             return error
         except _Refused as error:
@@ -301,15 +345,11 @@ def _refuse(message: str) -> None:
     raise _Refused(message)
 
 
-def _to_json(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """The filter as chat templates know it: unlike Jinja's own it escapes no HTML and keeps letters beyond ASCII."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+def _needs_date(tree: nodes.Template) -> bool:
+    """Whether a template calls strftime_now without asking first whether there is such a thing."""
+    asked = [test.node.name for test in tree.find_all(nodes.Test) if isinstance(test.node, nodes.Name)]
+    called = [call.node.name for call in tree.find_all(nodes.Call) if isinstance(call.node, nodes.Name)]
+    return "strftime_now" in called and "strftime_now" not in asked
 
 
 class _Generation(ext.Extension):
@@ -329,22 +369,46 @@ def _content(token: Any) -> Any:
 def load_tokenizer(path: str) -> Tokenizer:
     """The tokenizer of a local checkpoint folder. Raises InputError when there is none that can be read."""
     folder = Path(path)
-    config_file, chat_file = folder / "tokenizer_config.json", folder / "chat_template.jinja"
     try:
-        config = json.loads(config_file.read_text("utf-8")) if config_file.exists() else {}
-        if (folder / "tokenizer.json").exists():
-            tokenizer = FastTokenizer.from_file(str(folder / "tokenizer.json"))
-        else:
-            # Older checkpoints have only the slow form; transformers converts it.
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(path, use_fast=True).backend_tokenizer
-    except Exception as error:
+        config = json.loads(_text(folder, "tokenizer_config.json") or "{}")
+        if not isinstance(config, dict):
+            raise ValueError(f"tokenizer_config.json holds a {type(config).__name__}")
+        described = _text(folder, "tokenizer.json")
+        tokenizer = _converted(path) if described is None else FastTokenizer.from_str(described)
+        tokenizer.decode(tokenizer.encode("a").ids)
+        template = _text(folder, "chat_template.jinja") or _named(config.get("chat_template"))
+        if not isinstance(template, str | None):
+            raise ValueError(f"the chat template is a {type(template).__name__}")
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # a panic in the tokenizers library is no Exception
         raise InputError(
             f"model.path: {path} has no tokenizer that can be read ({type(error).__name__}: {error}); "
             "expected tokenizer.json; take the tokenizer's files from where the weights came from"
         ) from error
-    template = chat_file.read_text("utf-8") if chat_file.exists() else config.get("chat_template")
-    if isinstance(template, list):
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
     return Tokenizer(tokenizer, config, template)
+
+
+def _converted(path: str) -> FastTokenizer:
+    """For older checkpoints that have only the slow form: transformers converts it, with its own code alone."""
+    from transformers import AutoTokenizer
+
+    found = AutoTokenizer.from_pretrained(path, use_fast=True, local_files_only=True, trust_remote_code=False)
+    return found.backend_tokenizer
+
+
+def _text(folder: Path, name: str) -> str | None:
+    """What is in a file of the checkpoint; None when there is no such file."""
+    file = inside(folder, name)
+    if not file.is_file():
+        return None
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise ValueError(f"{name} is {file.stat().st_size:,} bytes; expected at most {MAX_JSON_BYTES:,}")
+    return file.read_text("utf-8")
+
+
+def _named(template: Any) -> Any:
+    """The one called default, where a checkpoint has several chat templates."""
+    if not isinstance(template, list):
+        return template
+    return next((t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"), None)

@@ -10,7 +10,9 @@ from typing import Any
 HIDDEN = "***"
 SHORTEST = 8
 """Characters; shorter values of environment variables are not looked for, as they would be found in ordinary words."""
-_SECRET_NAME = re.compile(r"TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE)
+_SECRET_NAME = re.compile(
+    r"TOKEN(?!IZ)|SECRET|PASSWORD|PASSWD|CREDENTIAL|API_?KEY|ACCESS_?KEY|PRIVATE_?KEY", re.IGNORECASE
+)
 _USER_IN_URL = re.compile(r"(?<=://)[^/\s@'\"]+@")
 _SIGNED_URL = re.compile(
     r"(?<=[?&])((?:x-amz-)?(?:sig|signature|token|access_token|api_?key|password|secret|credential|security-token)=)"
@@ -32,12 +34,22 @@ def mask(text: str, environment: Mapping[str, str] | None = None) -> str:
     """The text with credentials replaced: user and password of URLs, signatures, tokens of well-known forms, and the
     values of environment variables whose names say that they are secret."""
     environment = os.environ if environment is None else environment
-    values = {value for name, value in environment.items() if _SECRET_NAME.search(name) and len(value) >= SHORTEST}
+    values = {value for name, value in environment.items() if _is_secret(name, value)}
     for value in sorted(values, key=len, reverse=True):
         text = text.replace(value, HIDDEN)
     text = _USER_IN_URL.sub(f"{HIDDEN}@", text)
     text = _SIGNED_URL.sub(rf"\g<1>{HIDDEN}", text)
     return _KNOWN_TOKENS.sub(HIDDEN, text)
+
+
+def holds_secret(text: str, environment: Mapping[str, str] | None = None) -> bool:
+    """Whether the value of an environment variable whose name says that it is secret stands in a text."""
+    environment = os.environ if environment is None else environment
+    return any(value in text for name, value in environment.items() if _is_secret(name, value))
+
+
+def _is_secret(name: str, value: str) -> bool:
+    return _SECRET_NAME.search(name) is not None and len(value) >= SHORTEST
 
 
 def mask_tree(value: Any) -> Any:

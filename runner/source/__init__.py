@@ -18,7 +18,7 @@ import pyarrow as pa
 from runner.chunk import Chunk
 from runner.config import DatasetConfig
 from runner.errors import ConfigError, InputError
-from runner.source.paths import InputFile, find_files, is_url, local_path, shown_url, suffix
+from runner.source.paths import InputFile, check_reach, find_files, is_url, local_path, shown_url, suffix
 
 _SHARED = {"base", "filter", "lines", "paths", "values"}
 _SAVED_BY_DATASETS = ("state.json", "dataset_dict.json")
@@ -58,13 +58,15 @@ def open_source(dataset: DatasetConfig) -> Source:
 
     Raises:
         InputError: No such file, or it cannot be read.
-        ConfigError: An unknown format, files of several formats, a filter that is wrong.
+        ConfigError: An unknown format, files of several formats, a filter that is wrong, a URL without dataset.remote.
     """
+    if not dataset.remote:
+        check_reach(dataset.path)
     formats = _formats()
     if dataset.format == "auto":
         if _is_saved_dataset(dataset.path):
             return formats["huggingface"].open_dataset(dataset)
-        files = find_files(dataset.path)
+        files = find_files(dataset.path, dataset.follow_links)
         module = formats[_guess_format(dataset.path, files, formats)]
         return module.open(dataset, _of_format(files, module.SUFFIXES))
     if dataset.format not in formats:
@@ -76,7 +78,7 @@ def open_source(dataset: DatasetConfig) -> Source:
     module = formats[dataset.format]
     if hasattr(module, "open_dataset"):
         return module.open_dataset(dataset)
-    files = find_files(dataset.path)
+    files = find_files(dataset.path, dataset.follow_links)
     return module.open(dataset, _of_format(files, module.SUFFIXES) or files)
 
 

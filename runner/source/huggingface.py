@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 import pyarrow as pa
 import xxhash
+import yaml
 
 from runner.chunk import ROW_COLUMN, Chunk
 from runner.config import DatasetConfig
@@ -25,6 +26,8 @@ from runner.source.base import FileSource, Range, row_numbers
 from runner.source.paths import InputFile, find_files, is_url, local_path
 
 SUFFIXES = ()
+MAX_CARD_BYTES = 1 << 20
+MAX_CARD_PARTS = 10_000
 _KEPT_CHUNKS = 4
 
 
@@ -34,17 +37,22 @@ def open_dataset(dataset: DatasetConfig) -> FileSource:
         folder = local_path(dataset.path)
         splits = folder / "dataset_dict.json"
         if splits.is_file():
-            return _saved(dataset, f"{dataset.path}/{_choose_split(dataset, _json(splits)['splits'])}")
+            names = _names(splits, _json(splits), "splits")
+            return _saved(dataset, f"{dataset.path}/{_choose_split(dataset, names)}")
         if (folder / "state.json").is_file():
             return _saved(dataset, dataset.path)
     return StreamedSource(dataset)
 
 
 def _saved(dataset: DatasetConfig, path: str) -> FileSource:
-    state = _json(local_path(path) / "state.json")
-    files = []
-    for entry in state["_data_files"]:
-        files += find_files(f"{path}/{entry['filename']}")
+    where = local_path(path) / "state.json"
+    state = _json(where)
+    entries = state.get("_data_files") if isinstance(state, dict) else None
+    listed = [entry.get("filename") if isinstance(entry, dict) else None for entry in entries or ()]
+    by_name = {file.name.rpartition("/")[2]: file for file in find_files(path, dataset.follow_links)}
+    files = [by_name[name] for name in _names(where, {"filename": listed}, "filename") if name in by_name]
+    if len(files) < len(listed):
+        raise InputError(f"{path}: data files are missing; expected what save_to_disk writes; save the data set again")
     if not files:
         raise InputError(f"{path}: no data files; expected what save_to_disk writes; save the data set again")
     # The order is the one that was saved, whatever the names are.
@@ -56,6 +64,16 @@ def _json(path: Path) -> Any:
         return orjson.loads(path.read_bytes())
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: {error}; expected what save_to_disk writes; save the data set again") from None
+
+
+def _names(file: Path, value: Any, key: str) -> list[str]:
+    """Names of files or folders beside `file`, once it is sure that they are names and lead nowhere else."""
+    found = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(found, list) or not all(isinstance(n, str) and n == Path(n).name and n != ".." for n in found):
+        raise InputError(
+            f"{file}: {key} is {str(found)[:60]}; expected names inside the folder; save the data set again"
+        )
+    return found
 
 
 def _choose_split(dataset: DatasetConfig, splits: list[str]) -> str:
@@ -146,13 +164,17 @@ def _look_up(dataset: DatasetConfig) -> tuple[str, str | None, str]:
 
     path = str(local_path(dataset.path)) if _is_local(dataset.path) else dataset.path
     try:
+        if _is_local(dataset.path):
+            _check_card(Path(path))
         splits = datasets.get_dataset_split_names(path, dataset.config_name, revision=dataset.revision)
+    except InputError:
+        raise
     except Exception as error:  # whatever the hub or the network raises
         raise _unreachable(dataset, error) from error
     split = _choose_split(dataset, list(splits))
     digest = xxhash.xxh3_128(f"{dataset.config_name}/{split}".encode())
     if _is_local(dataset.path):
-        for file in find_files(dataset.path):
+        for file in find_files(dataset.path, dataset.follow_links):
             digest.update(f"{file.name} {file.identity()}\n".encode())
         return split, dataset.revision, digest.hexdigest()
     from huggingface_hub import HfApi
@@ -163,6 +185,37 @@ def _look_up(dataset: DatasetConfig) -> tuple[str, str | None, str]:
         raise _unreachable(dataset, error) from error
     digest.update(str(commit).encode())
     return split, commit, digest.hexdigest()
+
+
+def _check_card(folder: Path) -> None:
+    """Raises InputError for a local data set whose card names files that are somewhere else, the network included."""
+    for name in ("README.md", ".huggingface.yaml"):
+        file = folder / name
+        text = file.read_bytes()[:MAX_CARD_BYTES].decode("utf-8", "replace") if file.is_file() else ""
+        front = text.split("---")[1] if text.startswith("---") else text if name.endswith(".yaml") else ""
+        try:
+            card = yaml.safe_load(front)
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
+            raise InputError(f"{file}: {str(error).splitlines()[0]}; expected YAML; correct it") from None
+        for said in _strings(card.get("configs") if isinstance(card, dict) else None):
+            if "::" in said or "://" in said or said.startswith(("/", "~")) or ".." in Path(said).parts:
+                raise InputError(f"{file}: names the file {said!r}; expected names inside the folder; correct it")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """The texts in YAML, at most as many as a card has: aliases can make few look like endlessly many."""
+    parts, seen = [value], 0
+    while parts:
+        part = parts.pop()
+        seen += 1
+        if seen > MAX_CARD_PARTS:
+            raise InputError(f"README.md: more than {MAX_CARD_PARTS:,} values; expected a data set card; correct it")
+        if isinstance(part, str):
+            yield part
+        elif isinstance(part, dict):
+            parts += part.values()
+        elif isinstance(part, list):
+            parts += part
 
 
 def _is_local(path: str) -> bool:

@@ -18,12 +18,15 @@ import pyarrow as pa
 import pyarrow.fs
 import xxhash
 
+from engines.checkpoint import hub_blobs
 from runner import config
-from runner.errors import InputError
+from runner.errors import ConfigError, InputError
 
 IDENTITY_BYTES = 64 << 10
 """Bytes at the beginning and at the end of a file that enter its identity."""
-_PREFIXES = ("package:", "project:")
+_PREFIXES = ("package:", "project:", "~")
+_LOCAL_PROTOCOLS = {"file", "local", "memory", "zip", "tar"}
+"""Of fsspec: those that reach nothing but this machine, whatever the path after them says."""
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _COMPRESSIONS = (".gz", ".zst", ".bz2")
 _MAGIC = set("*?[")
@@ -83,24 +86,41 @@ def is_url(path: str) -> bool:
 
 
 def local_path(path: str) -> Path:
-    """A path that is not a URL, `package:` and `project:` resolved."""
+    """A path that is not a URL, `package:`, `project:` and `~` resolved."""
     return Path(config.resolve_path(path) if path.startswith(_PREFIXES) else path.removeprefix("file://"))
 
 
-def find_files(path: str) -> list[InputFile]:
+def check_reach(path: str) -> None:
+    """Raises ConfigError for a URL that leads to another machine, or that is chained to one that does."""
+    for piece in path.split("::") if is_url(path) else ():
+        protocol, separator, _ = piece.partition("://")
+        if not separator and not protocol.isidentifier():
+            protocol = "file"
+        if protocol not in _LOCAL_PROTOCOLS:
+            raise ConfigError(
+                f"dataset.path: {shown_url(path)} is read by {protocol}, which may reach another machine; expected a "
+                "path on this one; set dataset.remote=true if that is meant"
+            )
+
+
+def find_files(path: str, follow_links: bool = False) -> list[InputFile]:
     """The files of a path, in natural order: part-2 before part-10.
 
     Files and folders whose names begin with `.` or `_` are left out where a folder or a glob is expanded, as Spark and
     Hive do.
 
     Raises:
-        InputError: There is no such file, or none in the folder.
+        InputError: There is no such file, or none in the folder, or it is a link that leads out of the folder (or out
+            of what a glob's names have in common) and follow_links is not set.
     """
     if is_url(path):
         names = _find_remote(path)
     else:
         root = str(local_path(path))
-        names = [(_shown(path, root, found), found) for found in _find_local(root)]
+        base, found = _find_local(root)
+        if not follow_links:
+            _check_links(base, found)
+        names = [(_shown(path, root, file), file) for file in found]
     if not names:
         raise InputError(f"dataset.path: nothing at {shown_url(path)}; expected a file, a folder or a glob with files")
     files = [InputFile(name, address, _partitions(name)) for name, address in names]
@@ -190,13 +210,14 @@ def _find_remote(url: str) -> list[tuple[str, str]]:
     return [(shown_front + name, front + name) for name in found]
 
 
-def _find_local(root: str) -> list[str]:
+def _find_local(root: str) -> tuple[Path, list[str]]:
+    """(the folder that was looked through, the files found in it)"""
     path = Path(root)
-    if path.is_file():
-        return [root]
+    if path.is_file():  # named by the user, wherever it leads
+        return path.resolve().parent, [root]
     if path.is_dir():
         found = [str(file) for file in path.rglob("*") if file.is_file()]
-        return [file for file in found if not _hidden(file[len(str(path)) :])]
+        return path, [file for file in found if not _hidden(file[len(str(path)) :])]
     # A folder may have brackets in its own name: what exists is taken by its name, the rest is the pattern.
     pieces = Path(root).parts
     base = Path()
@@ -204,9 +225,26 @@ def _find_local(root: str) -> list[str]:
         base, pieces = base / pieces[0], pieces[1:]
     pattern = str(Path(*pieces)) if pieces else ""
     if not _MAGIC & set(pattern):
-        return []
+        return base, []
     matches = [name for name in glob.glob(pattern, root_dir=base, recursive=True) if not _hidden(name)]  # noqa: PTH207
-    return [str(base / name) for name in matches if (base / name).is_file()]
+    return base, [str(base / name) for name in matches if (base / name).is_file()]
+
+
+def _check_links(base: Path, files: Sequence[str]) -> None:
+    inside = base.resolve()
+    allowed = [inside, *hub_blobs(inside)]
+    folders: dict[Path, bool] = {}
+    for file in map(Path, files):
+        if file.parent not in folders:
+            folders[file.parent] = file.parent.resolve().is_relative_to(inside)
+        if folders[file.parent] and not file.is_symlink():
+            continue
+        target = file.resolve()
+        if not any(target.is_relative_to(folder) for folder in allowed):
+            raise InputError(
+                f"{file}: is a link to {target}, outside of {base}; expected files inside; set "
+                "dataset.follow_links=true if that is meant, or name the file itself"
+            )
 
 
 def _hidden(relative: str) -> bool:
@@ -217,7 +255,7 @@ def _shown(path: str, root: str, found: str) -> str:
     """The name of a file found: with the configuration's prefix, so that it is the same wherever that leads."""
     for prefix in _PREFIXES:
         rest = path.removeprefix(prefix)
-        if rest != path and root.endswith(rest):
+        if rest and rest != path and root.endswith(rest):
             base = root[: len(root) - len(rest)]
             if found.startswith(base):
                 return prefix + found[len(base) :]

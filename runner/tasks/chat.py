@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,9 @@ class Config(TaskConfig):
     """Jinja template over the columns of a row, for the user's message; not used when `messages` is set."""
     template: str | None = None
     """Chat template to use instead of the checkpoint's."""
+    date: str | None = None
+    """The date that the chat template's strftime_now tells, as 2026-01-31: a job gives the same on any day. null: the
+    template is not offered one, as most have a date of their own then; a template that insists on one is refused."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """More variables of the chat template, as in {enable_thinking: false}."""
 
@@ -38,7 +42,7 @@ class Config(TaskConfig):
 def build(job: JobConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, max_model_len: int) -> Generate:
     config = job.task
     assert isinstance(config, Config)
-    chat = tokenizer.chat(config.template)
+    chat = tokenizer.chat(config.template, _date(config.date))
     parts = [
         (role, Template(text, f"task.{role}"))
         for role, text in (("system", config.system), ("user", config.user))
@@ -51,6 +55,8 @@ def build(job: JobConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, max_mode
             "task.system: set together with task.messages; expected one of them; put the system message first in the "
             "messages, or remove task.messages"
         )
+    if "messages" in config.template_kwargs:
+        raise ConfigError("task.template_kwargs.messages: the rows' own; expected other variables; remove it")
     columns = [config.messages] if config.messages else [c for _, template in parts for c in template.columns]
 
     def conversations(batch: pa.RecordBatch) -> list[list[dict[str, Any]] | RowError]:
@@ -69,6 +75,13 @@ def build(job: JobConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, max_mode
     return Generate(job, tokenizer, limit, columns, prompts)
 
 
+def _date(text: str | None) -> datetime.date | None:
+    try:
+        return None if text is None else datetime.date.fromisoformat(text)
+    except ValueError:
+        raise ConfigError(f"task.date: {text!r}; expected a date, as 2026-01-31; correct it") from None
+
+
 def _conversation(texts: list[tuple[str, str | RowError]]) -> list[dict[str, str]] | RowError:
     for _, text in texts:
         if isinstance(text, RowError):
@@ -84,7 +97,7 @@ def _checked(value: Any, column: str) -> list[dict[str, Any]] | RowError:
         if not isinstance(messages, list) or not messages:
             raise ValueError(f"{str(value)[:60]!r} is no list of messages")
         return [_message(message) for message in messages]
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         return RowError(BAD_MESSAGES, f"{column}: {error}; expected a list of {{role, content}}; correct the row")
 
 

@@ -269,7 +269,7 @@ def test_secrets_do_not_reach_the_saved_configuration(secret: str) -> None:
 
 def test_values_of_secret_variables_are_masked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MY_API_KEY", "correct-horse-battery")
-    text = to_yaml(job(model__revision="${oc.env:MY_API_KEY}"))
+    text = to_yaml(job(model__revision="correct-horse-battery"))
     assert "correct-horse" not in text and "revision: '***'" in text
     assert mask("user@example.org wrote sk-ip and token=1", {}) == "user@example.org wrote sk-ip and token=1"
 

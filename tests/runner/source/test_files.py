@@ -91,7 +91,7 @@ def test_urls() -> None:
     with pytest.raises(InputError, match="nothing at memory://io-test/none"):
         open_source(DatasetConfig("memory://io-test/none"))
     with pytest.raises(InputError, match="fsspec can open"):
-        open_source(DatasetConfig("nosuch://x/y.parquet"))
+        open_source(DatasetConfig("nosuch://x/y.parquet", remote=True))
 
 
 @pytest.mark.parametrize(
