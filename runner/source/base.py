@@ -7,7 +7,7 @@ and limit take rows away and renumber nothing. A chunk never spans two files.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +26,10 @@ UNREADABLE_COLUMN = "_unreadable"
 That is where the whole record is broken or a column of the filter is. It must not depend on the columns that are read,
 or a row would count at one time and not at another.
 """
+
+
+MAX_COLUMN_BYTES = 2 << 30
+"""Of one column of a chunk."""
 
 
 class Range(NamedTuple):
@@ -152,6 +156,7 @@ class FileSource(ABC):
         else:
             schema = pa.schema([*(self.schema.field(name) for name in stored), pa.field(ROW_COLUMN, pa.int64())])
             table = schema.empty_table()
+        table, damaged = self._sound(table, stored, chunk)
         arrays, fields = [], []
         for name in columns:
             field = self.schema.field(name)
@@ -161,15 +166,45 @@ class FileSource(ABC):
             else:
                 arrays.append(self._conform(table.column(name), field, file))
             fields.append(field)
-        for name in (ROW_COLUMN, ERROR_COLUMN, UNREADABLE_COLUMN):
+        for name in (ROW_COLUMN, *(() if damaged else (ERROR_COLUMN, UNREADABLE_COLUMN))):
             if name in table.schema.names:
                 arrays.append(table.column(name))
                 fields.append(table.schema.field(name))
+        for name, array in damaged.items():
+            arrays.append(pa.chunked_array([array]))
+            fields.append(pa.field(name, array.type))
         return pa.Table.from_arrays(arrays, schema=pa.schema(fields))
+
+    def _sound(self, table: pa.Table, columns: list[str], chunk: Chunk) -> tuple[pa.Table, dict[str, pa.Array]]:
+        """The table without values that are not what Arrow promises, and what to say about them, if there are any.
+
+        Text that is no UTF-8 and offsets that lead nowhere: a file can hold them, and Arrow reads them as they are.
+        """
+        misfits: dict[str, dict[int, str]] = {}
+        for name in columns:
+            index = table.schema.get_field_index(name)
+            try:
+                table.column(index).validate(full=True)
+            except pa.ArrowException as error:
+                sound, misfits[name] = _without_unsound(table.column(index), str(error).splitlines()[0][:200])
+                table = table.set_column(index, name, sound)
+        if not misfits:
+            return table, {}
+        broken, unreadable = {}, set()
+        if ERROR_COLUMN in table.schema.names:
+            said = table.column(ERROR_COLUMN).to_pylist()
+            broken = {place: why for place, why in enumerate(said) if why is not None}
+            unreadable = {place for place, on in enumerate(table.column(UNREADABLE_COLUMN).to_pylist()) if on}
+        return table, self.error_columns(table.num_rows, broken, misfits, unreadable)
 
     def _conform(self, column: pa.ChunkedArray, field: pa.Field, file: InputFile) -> pa.ChunkedArray:
         if column.type.equals(field.type):
             return column
+        if sum(unpacked_bytes(chunk) for chunk in column.chunks) > MAX_COLUMN_BYTES:
+            raise InputError(
+                f"{file.name}: column {field.name} repeats values that take over {MAX_COLUMN_BYTES >> 30} GiB in a "
+                "chunk; expected less; lower dataset.chunk_rows"
+            )
         try:
             return pa.chunked_array([storage_of(chunk).cast(field.type) for chunk in column.chunks], field.type)
         except pa.ArrowException as error:
@@ -183,16 +218,21 @@ class FileSource(ABC):
         )
 
     def error_columns(
-        self, num_rows: int, broken: Mapping[int, str], misfits: Mapping[str, Mapping[int, str]]
+        self,
+        num_rows: int,
+        broken: Mapping[int, str],
+        misfits: Mapping[str, Mapping[int, str]],
+        unreadable: Collection[int] | None = None,
     ) -> dict[str, pa.Array]:
         """ERROR_COLUMN and UNREADABLE_COLUMN; {} if nothing is wrong.
 
         Args:
             broken: Why a record cannot be read, by position.
             misfits: Values that are not of their column's type: column -> position -> what was found.
+            unreadable: Positions in `broken` of which the filter cannot be asked; None: all.
         """
         errors = dict(broken)
-        unreadable = set(broken)
+        unreadable = set(broken if unreadable is None else unreadable)
         for name, found in misfits.items():
             for position, why in found.items():
                 errors.setdefault(position, f"column {name}: {why}")
@@ -222,6 +262,25 @@ class FileSource(ABC):
                 raise self.type_error(file, field, found) from None
 
 
+def _without_unsound(column: pa.ChunkedArray, why: str) -> tuple[pa.ChunkedArray, dict[int, str]]:
+    """The column with null in place of each value that is unsound, and why by position."""
+    pieces: list[pa.Array] = []
+    found: dict[int, str] = {}
+    first = 0
+    for chunk in column.chunks:
+        for place in range(len(chunk)):
+            try:
+                chunk.slice(place, 1).validate(full=True)
+            except pa.ArrowException as error:
+                found[first + place] = str(error).splitlines()[0][:200]
+        bad = np.array([first + place in found for place in range(len(chunk))], dtype=bool)
+        pieces.append(chunk.take(pa.array(np.arange(len(chunk)), mask=bad)))
+        first += len(chunk)
+    if not found:
+        raise InputError(f"a column is damaged ({why}); expected sound Arrow data; restore the file")
+    return pa.chunked_array(pieces, column.type), found
+
+
 def one_batch(table: pa.Table, chunk: Chunk) -> pa.RecordBatch:
     """A table as one record batch."""
     if table.num_rows == 0:
@@ -244,6 +303,36 @@ def row_numbers(start: int, stop: int) -> pa.Array:
 def storage_of(array: pa.Array) -> pa.Array:
     """The array without its extension type."""
     return array.storage if isinstance(array, pa.ExtensionArray) else array
+
+
+def unpacked_bytes(array: pa.Array) -> int:
+    """The most that an array takes once each row has a value of its own, where that is more than it takes now."""
+    if isinstance(array, pa.ExtensionArray):
+        return unpacked_bytes(array.storage)
+    if isinstance(array, pa.RunEndEncodedArray):
+        return len(array) * _longest(array.values)
+    if isinstance(array, pa.DictionaryArray):
+        if not _has_length(array.dictionary.type):
+            return len(array) * _longest(array.dictionary)
+        lengths = pc.binary_length(array.dictionary).take(array.indices)
+        return int(pc.sum(lengths.cast(pa.int64())).as_py() or 0)
+    return 0
+
+
+def _longest(values: pa.Array) -> int:
+    if _has_length(values.type):
+        return int(pc.max(pc.binary_length(values)).as_py() or 0)
+    return 8 if not pa.types.is_nested(values.type) else int(values.nbytes)
+
+
+def _has_length(data_type: pa.DataType) -> bool:
+    types = pa.types
+    return bool(
+        types.is_string(data_type)
+        or types.is_large_string(data_type)
+        or types.is_binary(data_type)
+        or types.is_large_binary(data_type)
+    )
 
 
 def _plain_schema(schema: pa.Schema, name: str) -> pa.Schema:

@@ -73,7 +73,8 @@ class CsvSource(FileSource):
     def infer_schema(self) -> pa.Schema:
         file = self.files[0]
         header = self._header(file)
-        data = RecordReader(file).read(header.end, SAMPLE_ROWS, QuotedScanner(header.delimiter))[:SAMPLE_BYTES]
+        data = RecordReader(file).read(header.end, SAMPLE_ROWS, QuotedScanner(header.delimiter), SAMPLE_BYTES)
+        data = data[:SAMPLE_BYTES]
         ends = QuotedScanner(header.delimiter).ends(data)
         parsed, _, _ = parse_records(data[: int(ends[-1])] if len(ends) else data, header.names, header.delimiter)
         return pa.schema([pa.field(name, infer_type(parsed[i])) for i, name in enumerate(header.names)])

@@ -13,8 +13,11 @@ from runner.source.base import Range
 from runner.source.paths import InputFile
 
 BLOCK_BYTES = 4 << 20
-MAX_RECORD_BYTES = 1 << 30
+MAX_RECORD_BYTES = 256 << 20
 """A longer record is taken for a file that is not what it says."""
+MAX_RANGE_BYTES = 256 << 20
+"""A range ends with the record that reaches this size, however few rows it has: memory is bounded, whatever a
+compressed file unpacks to."""
 
 
 class RecordScanner(Protocol):
@@ -125,7 +128,7 @@ class Stream:
 
 
 def scan(file: InputFile, scanner: RecordScanner, chunk_rows: int, offset: int = 0) -> Iterator[Range]:
-    """Ranges of at most `chunk_rows` records from a byte offset on, with the byte where each begins.
+    """Ranges of at most `chunk_rows` records and about MAX_RANGE_BYTES, with the byte where each begins.
 
     The last record needs no end. Memory: one block.
     """
@@ -143,6 +146,9 @@ def scan(file: InputFile, scanner: RecordScanner, chunk_rows: int, offset: int =
         rows += len(ends) - used
         if len(ends):
             last_end = position + int(ends[-1])
+            if last_end - begin >= MAX_RANGE_BYTES and rows:
+                yield Range(start, rows, begin)
+                begin, start, rows = last_end, start + rows, 0
         if stream.offset - last_end > MAX_RECORD_BYTES:
             raise InputError(
                 f"{file.name}: no record ends within {MAX_RECORD_BYTES >> 20} MiB of byte {last_end}; expected one a "
@@ -163,8 +169,11 @@ class RecordReader:
         self._stream: Stream | None = None
         self._rest = b""
 
-    def read(self, offset: int, num_records: int, scanner: RecordScanner) -> bytes:
-        """The bytes of records from an offset; the scanner is new, and stands at the beginning of a record."""
+    def read(self, offset: int, num_records: int, scanner: RecordScanner, enough: int | None = None) -> bytes:
+        """The bytes of records from an offset; the scanner is new, and stands at the beginning of a record.
+
+        enough: reading may end after this many bytes, in the middle of a record.
+        """
         at = -1 if self._stream is None else self._stream.offset - len(self._rest)
         if offset != at:
             if self._stream is not None and self.file.compression is not None and 0 <= at < offset:
@@ -185,6 +194,8 @@ class RecordReader:
                 return b"".join(pieces)
             found += len(ends)
             pieces.append(block)
+            if enough is not None and sum(map(len, pieces)) >= enough:
+                break
             block = self._stream.next_block()
         self._rest = b""
         return b"".join(pieces)

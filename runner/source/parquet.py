@@ -18,6 +18,12 @@ from runner.source.base import FileSource, Range, row_numbers
 from runner.source.paths import InputFile, partition_value
 
 SUFFIXES = (".parquet", ".pq")
+MAX_CHUNK_BYTES = 2 << 30
+"""Of a chunk's columns in memory."""
+BATCH_BYTES = 256 << 20
+BATCH_ROWS = 10_000
+MAX_METADATA_BYTES = 256 << 20
+"""Of a footer's texts and of its lists, each."""
 
 
 def open(dataset: DatasetConfig, files: Sequence[InputFile]) -> ParquetSource:
@@ -89,8 +95,14 @@ class _OpenFile:
     def __init__(self, file: InputFile) -> None:
         self.name = file.name
         try:
-            self.reader = pq.ParquetFile(file.open())
-        except (pa.ArrowException, OSError) as error:
+            self._stream = file.open()
+            self.reader = pq.ParquetFile(
+                self._stream,
+                thrift_string_size_limit=MAX_METADATA_BYTES,
+                thrift_container_size_limit=MAX_METADATA_BYTES >> 4,
+            )
+            self.reader.schema_arrow  # noqa: B018 -- raises where the footer's schema is damaged
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise InputError(f"{file.name}: {str(error).splitlines()[0]}; expected a Parquet file; check it") from None
         metadata = self.reader.metadata
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
@@ -107,13 +119,19 @@ class _OpenFile:
         if not columns:
             return self._numbers(start, stop)
         self._seek(start, columns)
-        batches, numbers = [], []
+        batches, numbers, num_bytes = [], [], 0
         while self._next is not None:
             first, batch = self._next
             begin, end = max(first, start), min(first + batch.num_rows, stop)
             if begin < end:
                 batches.append(batch.slice(begin - first, end - begin))
                 numbers.append(row_numbers(begin, end))
+                num_bytes += batches[-1].nbytes
+            if num_bytes > MAX_CHUNK_BYTES:
+                raise InputError(
+                    f"{self.name}: rows {start} to {stop - 1} take more than {MAX_CHUNK_BYTES >> 30} GiB; expected "
+                    "less; lower dataset.chunk_rows"
+                )
             if first + batch.num_rows > stop:
                 break
             self._next = next(self._pieces, None)
@@ -150,7 +168,46 @@ class _OpenFile:
                 end += 1
             first = int(self.group_starts[group])
             groups = list(range(group, end))
-            for batch in self.reader.iter_batches(10_000, row_groups=groups, columns=columns, use_threads=False):
+            size = self._batch_rows(groups, columns)
+            for batch in self.reader.iter_batches(size, row_groups=groups, columns=columns, use_threads=False):
                 yield first, batch
                 first += batch.num_rows
             group = end
+
+    def _batch_rows(self, groups: Sequence[int], columns: list[str]) -> int:
+        """Rows that may be read at once so that about BATCH_BYTES come of them, however often they repeat one value.
+
+        Only a dictionary and values that begin as the one before them take less room in a file than in memory.
+        """
+        roots = {*columns}
+        largest = 1
+        for group in groups:
+            row_group = self.reader.metadata.row_group(group)
+            for index in range(row_group.num_columns):
+                column = row_group.column(index)
+                if column.path_in_schema.split(".")[0] not in roots or column.physical_type != "BYTE_ARRAY":
+                    continue
+                if "DELTA_BYTE_ARRAY" in column.encodings:
+                    largest = max(largest, column.total_uncompressed_size)
+                elif column.has_dictionary_page:
+                    largest = max(largest, self._dictionary_bytes(column.dictionary_page_offset))
+        return max(1, min(BATCH_ROWS, BATCH_BYTES // largest))
+
+    def _dictionary_bytes(self, offset: int) -> int:
+        """Size of a dictionary when unpacked, from its page's header.
+
+        Source: https://github.com/apache/parquet-format, PageHeader: its second field is uncompressed_page_size, an
+        i32 as a zigzag varint in Thrift's compact protocol; each of the first fields has one byte in front (0x15).
+        """
+        self._stream.seek(offset)
+        header = self._stream.read(16)
+        place = 1
+        while place < len(header) and header[place] & 0x80:
+            place += 1
+        value = shift = 0
+        for byte in header[place + 2 :]:
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if not byte & 0x80:
+                break
+        return (value >> 1) ^ -(value & 1)
