@@ -20,7 +20,7 @@ from torch import Tensor
 from engines.ops.sampling import SamplingBatch
 from engines.triton.launch import power_of_two
 
-BLOCK = 2048
+BLOCK = 1024
 
 
 @triton.jit
