@@ -123,6 +123,9 @@ class EngineStats:
     """Prompt tokens computed so far (cached ones not counted)."""
     num_cached_tokens: int
     num_output_tokens: int
+    notes: tuple[str, ...] = ()
+    """How the engine departs from its settings, as where memory ran out; a sentence each, those of this engine's whole
+    life."""
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,9 @@ class Engine(Protocol):
     others with it.
     """
 
-    max_model_len: int
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a prompt and its output together."""
 
     def submit(self, requests: Sequence[Request]) -> None:
         """Queue requests. Never raises for a bad one: its outcome carries the error."""

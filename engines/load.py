@@ -9,15 +9,21 @@ import torch
 
 from engines import costs, platform
 from engines.api import EngineConfig, EngineSettings
-from engines.core.engine import LLMEngine
+from engines.core.engine import LLMEngine, Watch, out_of_memory
 from engines.models.base import Model
 from engines.models.load import load_model
 from engines.ops import OpSet
 from engines.weights import DTYPES
 
 
-def load_engine(settings: EngineSettings, detokenize: Callable[[Sequence[int]], str] | None = None) -> LLMEngine:
-    """An engine ready for requests. detokenize is needed by requests with stop strings.
+def load_engine(
+    settings: EngineSettings,
+    detokenize: Callable[[Sequence[int]], str] | None = None,
+    watch: Watch = lambda request_ids: None,
+) -> LLMEngine:
+    """An engine ready for requests. detokenize is needed by requests with stop strings; watch is LLMEngine's.
+
+    A cache for which there is no memory after all is halved until there is; the engine's notes say so.
 
     Raises CheckpointError or UnsupportedModelError as engines.models.load.load_model does, MemoryError when not even
     one block of KV cache fits.
@@ -25,22 +31,40 @@ def load_engine(settings: EngineSettings, detokenize: Callable[[Sequence[int]], 
     threads = getattr(settings.config, "num_threads", None)
     if threads:
         torch.set_num_threads(threads)
-    ops: OpSet = importlib.import_module(f"engines.{settings.backend}.opset").OpSet()
+    ops = import_opset(settings.backend)()
     dtype, device = DTYPES[settings.dtype], torch.device(settings.device)
     with torch.inference_mode():
         model = load_model(settings, ops)
-        return LLMEngine(
-            model,
-            ops,
-            settings.config,
-            num_blocks(model, settings.config, dtype, free_bytes(device)),
-            dtype,
-            device,
-            settings.eos_token_ids,
-            detokenize,
-            settings.pooling,
-            settings.normalize,
-        )
+        count, notes = num_blocks(model, settings.config, dtype, free_bytes(device)), list[str]()
+        while True:
+            try:
+                engine = LLMEngine(
+                    model,
+                    ops,
+                    settings.config,
+                    count,
+                    dtype,
+                    device,
+                    settings.eos_token_ids,
+                    detokenize,
+                    settings.pooling,
+                    settings.normalize,
+                    watch,
+                )
+            except (MemoryError, RuntimeError) as error:
+                if count < 2 or not out_of_memory(error):
+                    raise
+                notes.append(f"no memory for a KV cache of {count} blocks: going on with {count // 2}")
+                count //= 2
+            else:
+                engine.notes += notes
+                return engine
+
+
+def import_opset(backend: str) -> type[OpSet]:
+    """The op set of a backend, imported with all that it takes: what of loading needs no checkpoint."""
+    opset: type[OpSet] = importlib.import_module(f"engines.{backend}.opset").OpSet
+    return opset
 
 
 def free_bytes(device: torch.device) -> int:

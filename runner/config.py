@@ -209,6 +209,8 @@ class JobConfig:
     """Stop cleanly after this time, with exit code 75 if rows are left."""
     grace_s: float = bounded(20.0, ge=0)
     """After a signal: longest time to journal what is finished and leave."""
+    step_timeout_s: float = bounded(600.0, gt=0)
+    """An engine that ends no step in this time hangs: its stacks go to run.log, it is ended and started again."""
     window_rows: int = bounded(4096, ge=1)
     """Rows read ahead of the engine, which orders them by shared prefixes and length."""
 

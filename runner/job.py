@@ -17,11 +17,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from engines.api import CheckpointError, Engine, EngineStats, Outcome, Request, UnsupportedModelError
+from engines.api import Engine, EngineStats, Outcome, Request
 from engines.checkpoint import open_checkpoint
 from runner.chunk import Chunk, Part
 from runner.config import JobConfig, to_yaml
-from runner.errors import EngineError, InputError, InternalError, RowError
+from runner.engine_main import Loader, load
+from runner.errors import EngineError, InternalError, RowError, RunnerError
 from runner.inspect import UNKNOWN_LENGTH, check_columns
 from runner.journal import Journal
 from runner.ledger import Ledger
@@ -34,6 +35,7 @@ from runner.stop import ErrorLimit, Stop
 from runner.storage import local_folder
 from runner.tasks import build_task
 from runner.window import CODE_COLUMN, Layout, OpenChunk, Result, without
+from runner.workers import Supervision, Workers
 
 if TYPE_CHECKING:
     from runner.plan import Plan
@@ -46,13 +48,16 @@ COUNTING_S = 2.0
 """Longest time to find out how many rows the input has, for the progress; beyond it the job starts without knowing."""
 
 LoadEngine = Callable[[], Engine]
+Amend = Callable[[Sequence[str]], None]
 
 
-def run(plan: Plan, engine: Engine | None = None) -> Summary:
+def run(plan: Plan, engine: Engine | None = None, loader: Loader = load) -> Summary:
     """Do a job, or go on with it, up to the last row.
 
     Args:
-        engine: Given by tests and benchmarks, and left open; null: the plan's, loaded when there is a row for it.
+        engine: Given by tests and benchmarks, and left open; null: the plan's, in a process of its own, loaded when
+            there is a row for it.
+        loader: What makes the engine in that process.
 
     Raises:
         ConfigError, InputError, OutputError: Before any weight is loaded, where that can be known.
@@ -81,10 +86,9 @@ def run(plan: Plan, engine: Engine | None = None) -> Summary:
         progress.total_rows = count_rows(source, job, ledger)
         sink = Sink(ledger.storage, layout.schema, job.output, {"job": job.name})
         with contextlib.closing(Journal.open(ledger.storage, layout.schema, f"shard{job.shard.index}")) as journal:
-            load = EngineLoader(plan, engine, tokenizer.decode, progress, stop)
             runner = JobRunner(job, source, layout, ledger, sink, journal, progress, stop)
-            with contextlib.closing(load):
-                runner.run(load)
+            with open_engine(plan, engine, loader, progress, stop) as load_engine:
+                runner.run(load_engine, lambda notes: save_plan(plan, ledger, notes))
         finished = set(range(runner.num_chunks)) <= ledger.done().keys()
         summary = summarize(ledger, finished, runner.counts, began)
         if finished:
@@ -113,10 +117,14 @@ def write_batch(job: JobConfig, ledger: Ledger) -> None:
         write_batch_files(ledger, job.model.path)
 
 
-def save_plan(plan: Plan, ledger: Ledger) -> None:
-    """Put plan.json and config.yaml next to the results."""
+def save_plan(plan: Plan, ledger: Ledger, amendments: Sequence[str] = ()) -> None:
+    """Put plan.json and config.yaml next to the results.
+
+    amendments: How the engine had to depart from the plan, a sentence each.
+    """
     options = orjson.OPT_INDENT_2 | orjson.OPT_NON_STR_KEYS | orjson.OPT_SERIALIZE_NUMPY
-    ledger.storage.replace("plan.json", orjson.dumps(plan.to_dict(), option=options))
+    content = plan.to_dict() | ({"amendments": list(amendments)} if amendments else {})
+    ledger.storage.replace("plan.json", orjson.dumps(content, option=options))
     ledger.storage.replace("config.yaml", to_yaml(plan.job).encode())
 
 
@@ -138,55 +146,17 @@ def is_wanted(job: JobConfig, chunk_index: int, part: Part | None) -> bool:
     return part is None or (job.retry_errors and part.num_errors > 0)
 
 
-class EngineLoader:
-    """Gives the engine, and loads it when it is first asked for."""
-
-    def __init__(
-        self,
-        plan: Plan,
-        engine: Engine | None,
-        detokenize: Callable[[Sequence[int]], str],
-        progress: Progress,
-        stop: Stop,
-    ) -> None:
-        self._plan = plan
-        self._given = engine
-        self._detokenize = detokenize
-        self._progress = progress
-        self._stop = stop
-        self._loaded: Engine | None = None
-
-    def __call__(self) -> Engine:
-        if self._given is not None:
-            return self._given
-        if self._loaded is None:
-            self._loaded = self._load()
-        return self._loaded
-
-    def close(self) -> None:
-        """Close the engine if it was loaded here."""
-        if self._loaded is not None:
-            self._loaded.close()
-
-    def _load(self) -> Engine:
-        from engines.load import load_engine
-
-        settings, began = self._plan.settings, time.monotonic()
-        try:
-            engine = load_engine(settings, self._detokenize)
-        except CheckpointError as error:
-            raise InputError(f"model.path: {error}") from error
-        except UnsupportedModelError as error:
-            raise EngineError(f"model.path: {error}") from error
-        except (MemoryError, RuntimeError, ImportError) as error:
-            raise EngineError(
-                f"engine {settings.backend}: cannot load {settings.model_path}: {error}; expected a model that fits "
-                "this device; see mode=plan, or choose another backend"
-            ) from error
-        seconds = time.monotonic() - began
-        self._progress.say(f"engine {settings.backend}: {settings.model_path} loaded in {seconds:.1f} s")
-        self._stop.check()
-        return engine
+@contextlib.contextmanager
+def open_engine(
+    plan: Plan, engine: Engine | None, loader: Loader, progress: Progress, stop: Stop
+) -> Iterator[LoadEngine]:
+    """What gives the engine when it is first asked for. Its process makes ready for loading meanwhile."""
+    if engine is not None:
+        yield lambda: engine
+        return
+    supervision = Supervision(plan.job.step_timeout_s, progress.say, progress.note, stop.check, loader)
+    with contextlib.closing(Workers([plan.settings], supervision)) as workers:
+        yield workers.ready
 
 
 class JobRunner:
@@ -229,8 +199,11 @@ class JobRunner:
         self._max_held = 4 * window + 4 * job.dataset.chunk_rows
         self._pieces = self._read_pieces()
 
-    def run(self, load: LoadEngine) -> None:
-        """Process all chunks of this shard. Whatever ends it, finished rows are in the journal when it returns."""
+    def run(self, load: LoadEngine, amend: Amend) -> None:
+        """Process all chunks of this shard. Whatever ends it, finished rows are in the journal when it returns.
+
+        amend: Called with all the engine's notes when there are new ones.
+        """
         engine: Engine | None = None
         self._progress.start()
         try:
@@ -242,7 +215,7 @@ class JobRunner:
                 if self._num_in_engine:
                     engine = engine or load()
                     self._take(self._step(engine, requests))
-                    self._stats = engine.stats()
+                    self._note(engine.stats(), amend)
                 if time.monotonic() - self._last_sync >= self._job.output.journal_interval_s:
                     self._save()
                 self._progress.update(self.counts, self._num_read, self._stats)
@@ -330,6 +303,8 @@ class JobRunner:
                 engine.submit(requests)
             outcomes = engine.step()
             lost = not outcomes and not engine.num_unfinished
+        except RunnerError:
+            raise
         except Exception as error:
             raise EngineError(
                 f"engine: {type(error).__name__}: {error}; expected an outcome for each row; finished rows are kept: "
@@ -341,6 +316,14 @@ class JobRunner:
                 "each; finished rows are kept: run the same command again to go on"
             )
         return outcomes
+
+    def _note(self, stats: EngineStats, amend: Amend) -> None:
+        known = () if self._stats is None else self._stats.notes
+        self._stats = stats
+        if stats.notes != known:
+            for note in stats.notes[len(known) :]:
+                self._progress.say(f"plan amended: {note}")
+            amend(stats.notes)
 
     def _take(self, outcomes: Sequence[Outcome]) -> None:
         """Put outcomes where they belong, and commit the chunks that are complete with them."""

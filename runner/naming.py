@@ -12,7 +12,7 @@ NAMING_GROUPS = ("model", "dataset", "task")
 """The choices that an unnamed job is called after."""
 RUN_CONTROL = {
     "name", "mode", "host", "shard", "retry_errors", "max_runtime_s", "grace_s", "on_change", "max_error_rate",
-    "max_consecutive_errors", "output.folder", "output.journal_interval_s", "hydra",
+    "max_consecutive_errors", "step_timeout_s", "output.folder", "output.journal_interval_s", "hydra",
 }  # fmt: skip
 """Keys, with all below them, that steer a run without making it another job: never part of a name."""
 LONGEST = 120

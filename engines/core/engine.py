@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from collections.abc import Callable
 from collections.abc import Sequence as Many
 from typing import cast
 
@@ -22,6 +23,7 @@ from engines.ops import OpSet
 from engines.ops.kv_cache import KVDtype
 
 log = logging.getLogger(__name__)
+Watch = Callable[[Many[int]], None]
 NO_SAMPLING = SamplingParams(max_tokens=0)
 MAX_TRACEBACKS = 10
 """Different failures that are logged with a traceback; every failed request has its message in its outcome."""
@@ -42,8 +44,14 @@ class LLMEngine:
         detokenize: Detokenize | None = None,
         pooling: str | None = None,
         normalize: bool = False,
+        watch: Watch = lambda request_ids: None,
     ) -> None:
-        """num_blocks: size of the KV cache; not used by models without one."""
+        """
+        Args:
+            num_blocks: Size of the KV cache; not used by models without one.
+            watch: Called with the requests that are computed next, before they are: what whoever supervises this
+                process wants to know when it dies of them.
+        """
         self.model = model
         self.max_model_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
         kv_dtype = None if config.kv_dtype == "auto" else cast(KVDtype, config.kv_dtype)
@@ -62,6 +70,9 @@ class LLMEngine:
         self.sampler = Sampler(ops, eos_token_ids, detokenize)
         self.pooler = Pooler(model, ops, pooling, normalize)
         self.device = device
+        self.notes: list[str] = []
+        """How this engine departs from its settings, as in EngineStats."""
+        self._watch = watch
         self._ids = itertools.count()
         self._ready: list[Outcome] = []
         """Outcomes of requests that were refused at submit."""
@@ -143,7 +154,10 @@ class LLMEngine:
         return self._outcome(seq, "error", error=ErrorInfo("kv_cache_full", message))
 
     def _run(self, step: list[Scheduled]) -> list[Outcome]:
-        """Execute a step; if it raises, halve it until the sequence that raises is alone."""
+        """Execute a step; if it raises, halve it until the sequence that raises is alone.
+
+        Raises what the step did where the device is lost: nothing more can be computed in this process.
+        """
         failure: Exception | None = None
         try:
             outcomes = self._execute(step)
@@ -151,6 +165,8 @@ class LLMEngine:
             failure = error
         if failure is not None:
             # Out of the handler, so that the failures of the halves are not chained to this one.
+            if device_lost(self.device):
+                raise failure
             return self._after_failure(step, failure)
         self._num_steps += 1
         return outcomes
@@ -160,17 +176,16 @@ class LLMEngine:
             # The models' own states may have advanced: compute again from the first token.
             for s in step:
                 self.model.release(s.seq.seq_id)
-        if _out_of_memory(error) and self.scheduler.shrink():
-            log.warning(
-                "memory ran out in a step: going on with %d tokens a step", self.scheduler.max_num_batched_tokens
+        if out_of_memory(error) and self.scheduler.shrink():
+            self.notes.append(
+                f"memory ran out in a step: going on with max_num_batched_tokens="
+                f"{self.scheduler.max_num_batched_tokens}, max_num_seqs={self.scheduler.max_num_seqs}"
             )
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
             return []
-        text = f"{type(error).__name__}: {error}"
         if len(step) == 1:
-            if text not in self._seen_failures and len(self._seen_failures) < MAX_TRACEBACKS:
-                self._seen_failures.add(text)
-                log.error("request %d failed", step[0].seq.request.request_id, exc_info=error)
-            return [self._retire(step[0].seq, "error", error=ErrorInfo("engine_error", text))]
+            return [self._fail(step[0].seq, error)]
         if not self.model.paged:
             step = [Scheduled(s.seq, s.seq.num_computed_tokens + s.num_new_tokens) for s in step]
             for s in step:
@@ -179,6 +194,7 @@ class LLMEngine:
         return self._run(step[:middle]) + self._run(step[middle:])
 
     def _execute(self, step: list[Scheduled]) -> list[Outcome]:
+        self._watch([s.seq.request.request_id for s in step])
         wanted = [self.pooler.wanted(s) for s in step]
         indices: list[int] = []
         offset = 0
@@ -196,39 +212,45 @@ class LLMEngine:
             rows = hidden if len(drawing) == len(indices) else hidden[[starts[i] for i in drawing]]
             drawn = self.sampler.sample(self.model.logits(rows), [step[i].seq for i in drawing])
             tokens = dict(zip(drawing, drawn, strict=True))
-        # Nothing above has changed a sequence but for its log-probabilities; what follows does not raise.
-        return self._advance(step, wanted, starts, hidden, tokens)
+        parts = [
+            None if s.seq.request.kind == "generate" else self.pooler.part(s.seq, wanted[i], hidden[a:b])
+            for i, (s, a, b) in enumerate(zip(step, starts, starts[1:], strict=False))
+        ]
+        # Nothing above has changed a sequence but for its log-probabilities: until here a step can be done again.
+        outcomes = [self._advance(s, part, tokens.get(i)) for i, (s, part) in enumerate(zip(step, parts, strict=True))]
+        return [outcome for outcome in outcomes if outcome is not None]
 
-    def _advance(
-        self,
-        step: list[Scheduled],
-        wanted: list[range],
-        starts: list[int],
-        hidden: torch.Tensor,
-        tokens: dict[int, int | None],
-    ) -> list[Outcome]:
-        outcomes = []
-        for i, s in enumerate(step):
-            seq = s.seq
-            completes = s.completes
-            if seq.num_output_tokens == 0:
-                self._num_prompt += s.num_new_tokens
+    def _advance(self, step: Scheduled, part: list[float] | torch.Tensor | None, token: int | None) -> Outcome | None:
+        """Count a sequence's tokens, and add what was computed for it; its outcome if it has ended.
+
+        token: The drawn one; None where its logits were not numbers.
+        """
+        seq, completes = step.seq, step.completes
+        if seq.num_output_tokens == 0:
+            self._num_prompt += step.num_new_tokens
+        self.pooler.add(seq, part)
+        self.scheduler.computed(step)
+        if not completes:
+            return None
+        try:
             if seq.request.kind != "generate":
-                self.pooler.add(seq, wanted[i], hidden[starts[i] : starts[i + 1]])
-            self.scheduler.computed(s)
-            if not completes:
-                continue
-            if seq.request.kind != "generate":
-                outcomes.append(self._retire_with_values(seq))
-                continue
-            token = tokens[i]
+                return self._retire_with_values(seq)
             if token is None:
-                outcomes.append(self._retire(seq, "error", error=_not_numbers()))
-                continue
+                return self._retire(seq, "error", error=_not_numbers())
             end = self.sampler.append(seq, token)
-            if end is not None:
-                outcomes.append(self._retire(seq, end[0], stop_reason=end[1]))
-        return outcomes
+        except Exception as error:
+            if device_lost(self.device):
+                raise
+            return self._fail(seq, error)
+        return None if end is None else self._retire(seq, end[0], stop_reason=end[1])
+
+    def _fail(self, seq: Sequence, error: Exception) -> Outcome:
+        """The outcome of a request that raises by itself."""
+        text = f"{type(error).__name__}: {error}"
+        if text not in self._seen_failures and len(self._seen_failures) < MAX_TRACEBACKS:
+            self._seen_failures.add(text)
+            log.error("request %d failed", seq.request.request_id, exc_info=error)
+        return self._retire(seq, "error", error=ErrorInfo("engine_error", text))
 
     def _retire_with_values(self, seq: Sequence) -> Outcome:
         values = self.pooler.result(seq)
@@ -266,6 +288,7 @@ class LLMEngine:
             num_prompt_tokens=self._num_prompt,
             num_cached_tokens=self._num_cached,
             num_output_tokens=self._num_output + sum(s.num_output_tokens for s in self.scheduler.running),
+            notes=tuple(self.notes),
         )
 
     def close(self) -> None:
@@ -281,6 +304,18 @@ def _not_numbers() -> ErrorInfo:
     return ErrorInfo("nan_logits", "the model's output is not a number; try dtype float32, or check the weights")
 
 
-def _out_of_memory(error: Exception) -> bool:
+def out_of_memory(error: Exception) -> bool:
+    """Whether less would have worked."""
     text = str(error)
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
+
+
+def device_lost(device: torch.device) -> bool:
+    """Whether nothing works any more after an error: those of CUDA kernels stay until the process ends."""
+    if device.type == "cpu":
+        return False
+    try:
+        torch.zeros(1, device=device).add_(1).item()
+    except RuntimeError as error:
+        return not out_of_memory(error)
+    return False

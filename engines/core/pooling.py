@@ -47,25 +47,36 @@ class Pooler:
             return range(1) if begin == 0 else range(0)
         return range(end - 1, end) if step.completes else range(0)
 
-    def add(self, seq: Sequence, positions: range, hidden: Tensor) -> None:
-        """hidden: [len(positions), hidden_size], of this step."""
+    def part(self, seq: Sequence, positions: range, hidden: Tensor) -> list[float] | Tensor | None:
+        """What these positions add to the request's result; nothing is changed.
+
+        hidden: [len(positions), hidden_size], of this step.
+        """
         if not len(positions):
-            return
+            return None
         if seq.request.kind == "score":
             targets = torch.tensor(seq.token_ids[positions.start + 1 : positions.stop + 1], device=hidden.device)
+            values: list[float] = []
             for i in range(0, len(positions), SCORE_ROWS):
                 logits = self.model.logits(hidden[i : i + SCORE_ROWS])
-                seq.values += self.ops.log_softmax_gather(logits, targets[i : i + SCORE_ROWS]).tolist()
-            return
-        wide = hidden.float()
+                values += self.ops.log_softmax_gather(logits, targets[i : i + SCORE_ROWS]).tolist()
+            return values
         if self.pooling == "mean" and seq.request.kind == "embed":
-            part = wide.sum(0)
-            seq.pooled = part if seq.pooled is None else seq.pooled + part
-        elif self.pooling == "max" and seq.request.kind == "embed":
-            part = wide.amax(0)
-            seq.pooled = part if seq.pooled is None else torch.maximum(seq.pooled, part)
+            return hidden.float().sum(0)
+        if self.pooling == "max" and seq.request.kind == "embed":
+            return hidden.float().amax(0)
+        return hidden[-1]
+
+    def add(self, seq: Sequence, part: list[float] | Tensor | None) -> None:
+        """Keep what `part` gave."""
+        if part is None:
+            return
+        if isinstance(part, list):
+            seq.values += part
+        elif seq.pooled is None or seq.request.kind != "embed" or self.pooling not in ("mean", "max"):
+            seq.pooled = part
         else:
-            seq.pooled = hidden[-1]
+            seq.pooled = seq.pooled + part if self.pooling == "mean" else torch.maximum(seq.pooled, part)
 
     def result(self, seq: Sequence) -> list[float]:
         """The finished request's values: see engines.api.Outcome.values."""

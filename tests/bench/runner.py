@@ -1,4 +1,4 @@
-"""Rows per second through source, template, journal and sink, with an engine that answers at once.
+"""Rows per second through source, template, engine process, journal and sink, with an engine that answers at once.
 
 The tokenizer is replaced by one that splits nothing, so that what is measured is the runner itself.
 """
@@ -10,14 +10,16 @@ import json
 import resource
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest import mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from engines.api import EngineStats, Outcome, Request
+from engines.api import EngineSettings, EngineStats, Outcome, Request
+from runner.engine_main import Watch
+from runner.progress import Counts, Progress
 
 
 class InstantEngine:
@@ -46,6 +48,12 @@ class InstantEngine:
 
     def close(self) -> None:
         self._waiting.clear()
+
+
+def load_instant(settings: EngineSettings, watch: Watch, permission: Callable[[], None]) -> InstantEngine:
+    """For the engine's process."""
+    permission()
+    return InstantEngine()
 
 
 class NoTokenizer:
@@ -89,7 +97,7 @@ def run(args: argparse.Namespace) -> None:
         memory: dict[int, int] = {}
         with mock.patch.object(job, "load_tokenizer", lambda path: NoTokenizer()), Watching(memory):
             start = time.perf_counter()
-            job.run(plan, InstantEngine())
+            job.run(plan, loader=load_instant)
             wall_s = time.perf_counter() - start
     grown = (max(memory.values()) - memory.get(100_000, min(memory.values()))) if memory else 0
     print(
@@ -106,26 +114,25 @@ def run(args: argparse.Namespace) -> None:
 
 
 class Watching:
-    """Notes the resident memory at row 100,000 and at each million rows, by what the engine has answered."""
+    """Notes the resident memory at row 100,000 and at each million rows."""
 
     def __init__(self, memory: dict[int, int]) -> None:
         self._memory = memory
-        self._step = InstantEngine.step
+        self._update = Progress.update
 
     def __enter__(self) -> None:
-        memory, step = self._memory, self._step
+        memory, update = self._memory, self._update
 
-        def noting(engine: InstantEngine) -> list[Outcome]:
-            outcomes = step(engine)
-            for mark in (100_000, *range(1_000_000, engine._done + 1, 1_000_000)):
-                if engine._done >= mark and mark not in memory:
+        def noting(progress: Progress, counts: Counts, num_read: int, stats: EngineStats | None) -> None:
+            update(progress, counts, num_read, stats)
+            for mark in (100_000, *range(1_000_000, counts.num_rows + 1, 1_000_000)):
+                if counts.num_rows >= mark and mark not in memory:
                     memory[mark] = resident_bytes()
-            return outcomes
 
-        InstantEngine.step = noting  # type: ignore[method-assign]
+        Progress.update = noting  # type: ignore[method-assign]
 
     def __exit__(self, *_: object) -> None:
-        InstantEngine.step = self._step  # type: ignore[method-assign]
+        Progress.update = self._update  # type: ignore[method-assign]
 
 
 def resident_bytes() -> int:

@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from engines.api import EngineConfig, EngineSettings, ErrorInfo, Outcome, Request, SamplingParams
+from engines.api import ErrorInfo, Outcome, Request, SamplingParams
 from runner import job as job_module
 from runner.config import ShardConfig
 from runner.errors import ConfigError, EngineError, InternalError, Interrupted, OutputError, TooManyErrors
@@ -151,7 +151,7 @@ def test_the_folder_of_another_job_is_refused_or_left_alone(tmp_path: Path, rows
 def test_a_finished_job_does_nothing(tmp_path: Path, rows: Path, capsys: Any, monkeypatch: Any) -> None:
     run(make_plan(tmp_path), FakeEngine())
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.parquet")}
-    monkeypatch.setattr(job_module.EngineLoader, "__call__", lambda self: pytest.fail("an engine was asked for"))
+    monkeypatch.setattr(job_module, "open_engine", lambda *args: pytest.fail("an engine was asked for"))
     summary = run(make_plan(tmp_path))
     assert summary.finished and summary.counts.num_rows == 0 and summary.num_rows == 650
     assert "finished already" in capsys.readouterr().err
@@ -270,28 +270,6 @@ def test_an_engine_that_does_not_keep_its_word_is_found_out(tmp_path: Path, rows
         run(make_plan(tmp_path), Forgetful())
     with pytest.raises(InternalError, match="nobody waits for"):
         run(make_plan(tmp_path, name="other"), Chatty())
-
-
-def test_the_engine_is_loaded_when_it_is_needed_and_closed(tmp_path: Path, rows: Path, monkeypatch: Any) -> None:
-    made: list[FakeEngine] = []
-
-    def load(settings: EngineSettings, detokenize: Any) -> FakeEngine:
-        assert settings.config == EngineConfig(max_model_len=64) and detokenize([0, 1]) == '!"'
-        made.append(FakeEngine())
-        return made[-1]
-
-    monkeypatch.setattr("engines.load.load_engine", load)
-    run(make_plan(tmp_path))
-    assert len(made) == 1 and made[0].closed
-
-
-def test_an_engine_that_cannot_be_loaded_is_said_in_one_message(tmp_path: Path, rows: Path, monkeypatch: Any) -> None:
-    def load(settings: EngineSettings, detokenize: Any) -> FakeEngine:
-        raise MemoryError("no room")
-
-    monkeypatch.setattr("engines.load.load_engine", load)
-    with pytest.raises(EngineError, match=r"engine cpu: cannot load .*: no room"):
-        run(make_plan(tmp_path))
 
 
 def test_the_time_that_a_job_may_take(tmp_path: Path, rows: Path) -> None:

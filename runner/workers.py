@@ -1,0 +1,406 @@
+"""Engines in processes of their own: fed, watched, restarted. To the job they are one engine.
+
+A process that dies or hangs takes no row with it. Its requests are tried again: those that it was computing apart from
+all others, in ever smaller groups, until one ends a process when it is alone there. That one gets an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from engines.api import EngineSettings, EngineStats, ErrorInfo, Outcome, Request
+from runner import engine_main
+from runner.engine_main import Failure, Loaded, Loader, Report, unpack
+from runner.engine_process import Ended, EngineProcess
+from runner.errors import EngineError, InputError, InternalError
+
+POLL_S = 0.1
+"""Longest wait for a message: the job has other duties."""
+LOG_INTERVAL_S = 1.0
+MAX_KILLERS_IN_A_ROW = 3
+"""So many requests that end a process alone, with no outcome between them: it is not the requests."""
+MAX_SHRINKS = 4
+"""How often an engine that is killed, as for the memory that it takes, is given half of it."""
+MAX_ENDS_IN_LOADING = 3
+EXIT_S = 2.0
+"""What a process may take to be gone after its connection."""
+_COUNTERS = ("num_steps", "num_preemptions", "num_prompt_tokens", "num_cached_tokens", "num_output_tokens")
+"""Fields of EngineStats that count from the start of a process."""
+_SIZES = ("num_waiting", "num_running", "num_free_blocks", "num_blocks")
+_NOTHING = EngineStats(0, 0, 0, 0, 0, 0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """How workers are looked after."""
+
+    step_timeout_s: float
+    say: Callable[[str], None]
+    """A line for the person and the log."""
+    note: Callable[[str], None]
+    """Lines for the log."""
+    check: Callable[[], None] = lambda: None
+    """Raises when it is time to leave; called while an engine is being loaded."""
+    loader: Loader = engine_main.load
+
+
+class Worker:
+    """One engine, in one process after the other, and the requests that it has.
+
+    Args:
+        name: For messages.
+        killers: Prompts that ended a process when they were alone in it, and what to say of them; grows.
+        deliver: Called in another thread with this worker, the number of the process, and its message.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        settings: EngineSettings,
+        supervision: Supervision,
+        killers: dict[tuple[int, ...], ErrorInfo],
+        deliver: Callable[[tuple[Worker, int, Any]], None],
+    ) -> None:
+        self.max_model_len: int | None = None
+        """None until the engine is loaded for the first time."""
+        self.in_flight: dict[int, Request] = {}
+        """In the process, by id, in the order in which they were sent."""
+        self.groups: list[list[Request]] = []
+        """Suspects: each group is sent when nothing is in flight, the first one first."""
+        self.isolating = False
+        """Whether what is in flight is one of the groups."""
+        self.finished: list[Outcome] = []
+        """Not yet fetched."""
+        self.notes: list[str] = []
+        self._name, self._settings, self._supervision = name, settings, supervision
+        self._killers, self._deliver = killers, deliver
+        self._stats = self._before = _NOTHING
+        self._killers_in_a_row = self._num_shrinks = self._num_ends_in_loading = self._num_starts = 0
+        self._logged = 0.0
+        self._allowed = False
+        self._process = self._start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether the present process has its engine."""
+        return self._process.ready
+
+    @property
+    def stats(self) -> EngineStats:
+        """Of all its processes so far."""
+        counters = {name: getattr(self._stats, name) + getattr(self._before, name) for name in _COUNTERS}
+        return replace(self._stats, **counters, notes=(*self.notes, *self._stats.notes))
+
+    def allow_loading(self) -> None:
+        """From now on weights may be loaded; until then the process only imports."""
+        self._allowed = True
+        self._process.allow_loading()
+
+    def send(self, requests: Sequence[Request]) -> None:
+        """Put requests in flight."""
+        self.in_flight |= {request.request_id: request for request in requests}
+        self._process.send_requests(requests)
+
+    def send_suspects(self) -> None:
+        """The next group, if it is time for it."""
+        if not self.ready or self.in_flight:
+            return
+        self.isolating = bool(self.groups)
+        if not self.groups:
+            return
+        group = self.groups.pop(0)
+        if len(group) > 1 and self._killers_in_a_row:
+            # Has the engine a future at all? One request says it soonest.
+            self.groups.insert(0, group[1:])
+            group = group[:1]
+        self.send(group)
+
+    def take(self, number: int, message: Any) -> list[Request]:
+        """A message of the process of that number; the requests that are lost with it and under no suspicion.
+
+        Raises EngineError, InputError when there is no going on.
+        """
+        if number != self._num_starts:
+            return []
+        if isinstance(message, Loaded):
+            self._loaded(message)
+        elif isinstance(message, Report):
+            self._report(message)
+        elif isinstance(message, Failure):
+            self._supervision.note(f"{self._name}:\n{message.traceback.rstrip()}")
+            if message.loading:
+                raise self._load_error(message) from None
+            return self._gone(f"failed: {message.message}")
+        elif isinstance(message, Ended):
+            return self._gone(None)
+        return []
+
+    def watch(self) -> list[Request]:
+        """To be called a few times a second. Ends a process that hangs; then as `take`."""
+        now = time.monotonic()
+        if now - self._logged >= LOG_INTERVAL_S:
+            self._logged = now
+            self._note_output()
+        limit = self._supervision.step_timeout_s
+        if self._process.silent_s(bool(self.in_flight)) < limit or not self.ready:
+            return []
+        self._process.write_stacks()
+        return self._gone(f"hung: no step ended in {limit:g} s (step_timeout_s)")
+
+    def close(self) -> None:
+        self._note_output(last=True)
+        self._process.close()
+
+    def _start(self) -> EngineProcess:
+        self._logged = time.monotonic()
+        self._num_starts += 1
+        number = self._num_starts
+        process = EngineProcess(
+            self._supervision.loader, self._settings, lambda message: self._deliver((self, number, message))
+        )
+        if self._allowed:
+            process.allow_loading()
+        return process
+
+    def _loaded(self, message: Loaded) -> None:
+        self._process.ready, self.max_model_len, self._stats = True, message.max_model_len, message.stats
+        self._num_ends_in_loading = 0
+        seconds = time.monotonic() - self._process.allowed
+        self._supervision.say(f"{self._name}: {self._settings.model_path} loaded in {seconds:.1f} s")
+
+    def _report(self, report: Report) -> None:
+        self._stats = report.stats
+        for outcome in unpack(Outcome, report.outcomes):
+            if self.in_flight.pop(outcome.request_id, None) is None:
+                raise InternalError(f"request {outcome.request_id}: an outcome that nobody waits for")
+            self.finished.append(outcome)
+        if report.outcomes:
+            self._process.has_answered, self._killers_in_a_row = True, 0
+        if not report.num_unfinished and report.num_received == self._process.num_sent and self.in_flight:
+            raise EngineError(
+                f"{self._name}: has nothing left while {len(self.in_flight):,} requests have no outcome; expected one "
+                "for each; finished rows are kept: run the same command again to go on"
+            )
+
+    def _gone(self, reason: str | None) -> list[Request]:
+        """The process has ended, or is ended here: start another one, with its suspects."""
+        status = self._process.end(0.0 if reason else EXIT_S)
+        killed = reason is None and status == -signal.SIGKILL
+        reason = reason or _ending(status)
+        if not self.ready:
+            self._ended_in_loading(reason, killed)
+            return []
+        self._note_output(last=True)
+        suspects, others = self._suspects()
+        self._supervision.say(
+            f"{self._name}: the process {reason}; starting it again"
+            + (f", {len(suspects):,} requests are tried apart from the others" if suspects else "")
+        )
+        if self.isolating and len(suspects) == 1 == len(self.in_flight):
+            self._convict(suspects[0], reason)
+        elif killed and not self.isolating and self._shrink():
+            self.groups = [suspects]
+        else:
+            first = 1 if not self._process.has_answered else (len(suspects) + 1) // 2
+            self.groups = [group for group in (suspects[:first], suspects[first:], *self.groups) if group]
+        self.in_flight.clear()
+        self.isolating = bool(self.groups)
+        self._restart()
+        return others
+
+    def _suspects(self) -> tuple[list[Request], list[Request]]:
+        """Of what is in flight: what the process was computing, and the rest."""
+        seen = self._process.trace.read()
+        requests = list(self.in_flight.values())
+        if seen is None or seen.isdisjoint(self.in_flight):
+            return requests, []
+        return [r for r in requests if r.request_id in seen], [r for r in requests if r.request_id not in seen]
+
+    def _convict(self, request: Request, reason: str) -> None:
+        """A request, and all samples of the same prompt among the suspects, get an error."""
+        prompt = tuple(request.token_ids)
+        self._killers[prompt] = ErrorInfo("engine_died", f"alone with this prompt, the engine's process {reason}")
+        same = [request, *(r for group in self.groups for r in group if tuple(r.token_ids) == prompt)]
+        self.groups = [kept for group in self.groups if (kept := [r for r in group if r not in same])]
+        self.finished += [_refused(r, self._killers[prompt]) for r in same]
+        self._killers_in_a_row += 1
+        if self._killers_in_a_row >= MAX_KILLERS_IN_A_ROW:
+            raise EngineError(
+                f"{self._name}: the process {reason}, and so it did with {self._killers_in_a_row} requests one after "
+                "the other, each alone; expected an engine that gives any outcome on this machine; see run.log, or "
+                "choose another backend; finished rows are kept"
+            )
+
+    def _shrink(self) -> bool:
+        """Give the next process half the memory; False if it has been made small enough."""
+        config = self._settings.config
+        if self._num_shrinks >= MAX_SHRINKS or config.max_num_batched_tokens < 2:
+            return False
+        self._num_shrinks += 1
+        size = config.kv_cache_bytes
+        smaller = replace(
+            config,
+            max_num_batched_tokens=config.max_num_batched_tokens // 2,
+            max_num_seqs=max(1, config.max_num_seqs // 2),
+            kv_cache_bytes=None if size is None else max(1, size // 2),
+            kv_memory_fraction=config.kv_memory_fraction / 2,
+        )
+        self._settings = replace(self._settings, config=smaller)
+        pool = f"kv_memory_fraction={smaller.kv_memory_fraction:g}" if size is None else f"kv_cache_bytes={size // 2}"
+        self.notes.append(
+            f"{self._name}: its process was killed, most likely for its memory: going on with "
+            f"max_num_batched_tokens={smaller.max_num_batched_tokens}, max_num_seqs={smaller.max_num_seqs}, {pool}"
+        )
+        return True
+
+    def _ended_in_loading(self, reason: str, killed: bool) -> None:
+        self._note_output(last=True)
+        self._num_ends_in_loading += 1
+        if self._num_ends_in_loading >= MAX_ENDS_IN_LOADING or not (killed and self._shrink()):
+            raise EngineError(
+                f"{self._name}: cannot load {self._settings.model_path}: the process {reason}; expected a model that "
+                "fits this machine; see run.log and mode=plan, or choose another backend"
+            )
+        self._supervision.say(f"{self._name}: the process {reason} while it loaded the model; starting it again")
+        self._restart()
+
+    def _load_error(self, failure: Failure) -> Exception:
+        if failure.kind == "checkpoint":
+            return InputError(f"model.path: {failure.message}")
+        if failure.kind == "unsupported":
+            return EngineError(f"model.path: {failure.message}")
+        if failure.kind == "other":
+            return InternalError(f"{self._name}: {failure.message}; while the model was loaded; see run.log")
+        return EngineError(
+            f"{self._name}: cannot load {self._settings.model_path}: {failure.message}; expected a model that fits "
+            "this device; see mode=plan, or choose another backend"
+        )
+
+    def _restart(self) -> None:
+        stats = self.stats
+        # What the engine said of itself holds for its process, and stays in the plan.
+        self.notes = list(stats.notes)
+        self._before = replace(stats, notes=())
+        self._stats = _NOTHING
+        self._process.close()
+        self._process = self._start()
+
+    def _note_output(self, last: bool = False) -> None:
+        if lines := self._process.output(last):
+            self._supervision.note("\n".join([f"{self._name}, printed:", *lines]))
+
+
+class Workers:
+    """All workers of a job, as one engine. Satisfies engines.api.Engine once `ready` has returned.
+
+    Args:
+        settings: Of each worker.
+    """
+
+    def __init__(self, settings: Sequence[EngineSettings], supervision: Supervision) -> None:
+        self._messages: queue.SimpleQueue[tuple[Worker, int, Any]] = queue.SimpleQueue()
+        self._killers: dict[tuple[int, ...], ErrorInfo] = {}
+        self._backlog: deque[Request] = deque()
+        """Requests that no process has and that are under no suspicion."""
+        self._finished: list[Outcome] = []
+        self._supervision = supervision
+        self._workers: list[Worker] = []
+        with contextlib.ExitStack() as started:
+            for index, each in enumerate(settings):
+                name = f"engine {each.backend}" + (f" {index}" if len(settings) > 1 else "")
+                worker = Worker(name, each, supervision, self._killers, self._messages.put)
+                started.callback(worker.close)
+                self._workers.append(worker)
+            started.pop_all()
+
+    def ready(self) -> Workers:
+        """Have the engines loaded and wait for the first; itself. Raises EngineError, InputError when it cannot be."""
+        for worker in self._workers:
+            worker.allow_loading()
+        while not any(worker.ready for worker in self._workers):
+            self._supervision.check()
+            self._receive()
+        return self
+
+    @property
+    def max_model_len(self) -> int:
+        return min(worker.max_model_len for worker in self._workers if worker.max_model_len is not None)
+
+    @property
+    def num_unfinished(self) -> int:
+        held = sum(len(w.in_flight) + len(w.finished) + sum(map(len, w.groups)) for w in self._workers)
+        return held + len(self._backlog) + len(self._finished)
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            error = self._killers.get(tuple(request.token_ids)) if self._killers else None
+            if error is None:
+                self._backlog.append(request)
+            else:
+                self._finished.append(_refused(request, error))
+        self._dispatch()
+
+    def step(self) -> list[Outcome]:
+        """What came back; waits a moment for it if nothing has."""
+        if not self.num_unfinished:
+            return []
+        self._dispatch()
+        if not self._finished:
+            self._receive()
+            self._dispatch()
+        finished, self._finished = self._finished, []
+        for worker in self._workers:
+            finished += worker.finished
+            worker.finished = []
+        return finished
+
+    def _receive(self) -> None:
+        """Take what has come, or comes within POLL_S."""
+        for worker, number, message in self._arrived():
+            self._backlog.extendleft(reversed(worker.take(number, message)))
+        for worker in self._workers:
+            self._backlog.extendleft(reversed(worker.watch()))
+
+    def _arrived(self) -> Iterator[tuple[Worker, int, Any]]:
+        with contextlib.suppress(queue.Empty):
+            yield self._messages.get(timeout=POLL_S)
+            while True:
+                yield self._messages.get_nowait()
+
+    def _dispatch(self) -> None:
+        """Give waiting requests to the workers that can take them."""
+        for worker in self._workers:
+            worker.send_suspects()
+            if self._backlog and worker.ready and not worker.isolating:
+                worker.send(list(self._backlog))
+                self._backlog.clear()
+
+    def stats(self) -> EngineStats:
+        """Sums over the workers."""
+        each = [worker.stats for worker in self._workers]
+        sums = {name: sum(getattr(stats, name) for stats in each) for name in (*_SIZES, *_COUNTERS)}
+        return EngineStats(**sums, notes=tuple(note for stats in each for note in stats.notes))
+
+    def close(self) -> None:
+        for worker in self._workers:
+            worker.close()
+
+
+def _ending(status: int) -> str:
+    """How a process ended, as what follows "the process"."""
+    if status == -signal.SIGKILL:
+        return "was killed by the system (SIGKILL), most likely for the memory that it took"
+    if status < 0:
+        return f"was ended by {signal.Signals(-status).name}"
+    return f"ended with exit code {status}"
+
+
+def _refused(request: Request, error: ErrorInfo) -> Outcome:
+    return Outcome(request.request_id, "error", error=error)

@@ -1,0 +1,166 @@
+"""Engines in processes of their own: whatever ends or hangs one costs the rows that did it, and no others."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+
+from engines.api import EngineConfig
+from runner.errors import EngineError, InputError, Interrupted
+from runner.job import run
+from runner.plan import Plan
+from tests import faulty_engine
+from tests.crash.child import start
+from tests.fake_engine import FakeEngine
+from tests.small_job import make_plan, read_output, write_rows
+
+BAD = {17: "S", 40: "K", 41: "X", 90: "R"}
+TEXTS = [f"{BAD.get(i, 'r')}ow {i}" for i in range(120)]
+
+
+def plan_of(folder: Path, texts: list[str], max_num_seqs: int = 8, **changes: Any) -> Plan:
+    if not (folder / "rows").exists():
+        write_rows(folder / "rows", texts)
+    plan = make_plan(folder, **changes)
+    config = EngineConfig(max_model_len=64, max_num_seqs=max_num_seqs)
+    return replace(plan, settings=replace(plan.settings, config=config))
+
+
+def log_of(folder: Path, name: str = "job") -> str:
+    return (folder / "out" / name / "run.log").read_text()
+
+
+def without_errors(table: pa.Table) -> list[int]:
+    return [i for i, code in enumerate(table.column("error_code").to_pylist()) if code is None]
+
+
+def test_the_output_is_that_of_an_engine_in_this_process(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, [f"row {i}" for i in range(500)], samples=2)
+    summary = run(plan, loader=faulty_engine.load)
+    here = run(plan_of(tmp_path, [], samples=2, name="here"), FakeEngine())
+    assert read_output(summary.folder).equals(read_output(here.folder))
+    assert summary.counts.num_output_tokens == here.counts.num_output_tokens > 0
+    assert "engine cpu:" in log_of(tmp_path) and "starting it again" not in log_of(tmp_path)
+
+
+def test_requests_that_end_the_process_are_errors_of_their_rows(tmp_path: Path) -> None:
+    summary = run(plan_of(tmp_path, TEXTS), loader=faulty_engine.load)
+    table = read_output(summary.folder)
+    assert (summary.finished, summary.num_rows, summary.num_errors) == (True, 120, len(BAD))
+    assert without_errors(table) == [i for i in range(120) if i not in BAD]
+    messages = table.column("error_message").to_pylist()
+    assert {table.column("error_code")[i].as_py() for i in BAD} == {"engine_died"}
+    assert "SIGSEGV" in messages[17] and "SIGKILL" in messages[40] and "exit code 3" in messages[41]
+    assert "a defect of the engine" in messages[90]
+    good = [text.replace("S", "r").replace("K", "r") for text in TEXTS]
+    write_rows(tmp_path / "good" / "rows", good)
+    undisturbed = read_output(run(make_plan(tmp_path / "good"), FakeEngine()).folder)
+    assert (
+        table.column("text").take(without_errors(table)).equals(undisturbed.column("text").take(without_errors(table)))
+    )
+    assert "requests are tried apart from the others" in log_of(tmp_path)
+
+
+def test_all_samples_of_a_prompt_that_ends_the_process_are_one_error(tmp_path: Path) -> None:
+    summary = run(plan_of(tmp_path, ["fine", "S", "fine too"], samples=4), loader=faulty_engine.load)
+    assert read_output(summary.folder).column("error_code").to_pylist() == [None, "engine_died", None]
+
+
+def test_retry_does_them_again(tmp_path: Path) -> None:
+    run(plan_of(tmp_path, TEXTS), loader=faulty_engine.load)
+    engine = FakeEngine()
+    summary = run(plan_of(tmp_path, TEXTS, retry_errors=True), engine)
+    assert engine.num_requests == len(BAD) and summary.num_errors == 0
+
+
+def test_a_step_that_hangs_is_ended_and_its_stacks_are_in_the_log(tmp_path: Path) -> None:
+    texts = [f"{'H' if i == 5 else 'r'}ow {i}" for i in range(20)]
+    summary = run(plan_of(tmp_path, texts, 4, step_timeout_s=0.5), loader=faulty_engine.load)
+    table = read_output(summary.folder)
+    assert without_errors(table) == [i for i in range(20) if i != 5]
+    assert "no step ended in 0.5 s (step_timeout_s)" in table.column("error_message")[5].as_py()
+    assert "this_hangs" in log_of(tmp_path)
+
+
+def test_an_engine_that_is_killed_for_its_memory_gets_less_to_do(tmp_path: Path) -> None:
+    summary = run(plan_of(tmp_path, [f"row {i}" for i in range(60)], 32), loader=faulty_engine.load_hungry)
+    assert (summary.num_rows, summary.num_errors) == (60, 0)
+    amendments = json.loads((Path(summary.folder) / "plan.json").read_text())["amendments"]
+    assert (
+        "most likely for its memory" in amendments[-1]
+        and f"max_num_seqs={faulty_engine.LARGEST_STEP}" in amendments[-1]
+    )
+    assert f"plan amended: {amendments[0]}" in log_of(tmp_path)
+
+
+def test_what_an_engine_says_of_itself_is_in_the_plan(tmp_path: Path) -> None:
+    summary = run(plan_of(tmp_path, ["row"]), loader=faulty_engine.load_shrunk)
+    plan = json.loads((Path(summary.folder) / "plan.json").read_text())
+    assert plan["amendments"] == ["no memory for a KV cache of 8 blocks: going on with 4"]
+
+
+def test_an_engine_that_computes_nothing_is_given_up(tmp_path: Path) -> None:
+    texts = [f"row {i}" for i in range(20)]
+    with pytest.raises(EngineError, match="expected an engine that gives any outcome"):
+        run(plan_of(tmp_path, texts), loader=faulty_engine.load_dies_always)
+    summary = run(plan_of(tmp_path, texts), FakeEngine())
+    assert summary.num_rows == 20
+
+
+@pytest.mark.parametrize(
+    ("loader", "error", "message"),
+    [
+        (faulty_engine.load_no_memory, EngineError, "engine cpu: cannot load .*no room; expected a model that fits"),
+        (faulty_engine.load_bad_checkpoint, InputError, "model.path: w: expected a tensor"),
+        (faulty_engine.load_dies, EngineError, "cannot load .*killed by the system .*expected a model that fits"),
+    ],
+)
+def test_an_engine_that_cannot_be_loaded_is_said_in_one_message(
+    tmp_path: Path, loader: Any, error: type[Exception], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        run(plan_of(tmp_path, ["row"]), loader=loader)
+
+
+def test_a_job_leaves_while_its_engine_is_being_loaded(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(Interrupted, match="max_runtime_s"):
+        run(plan_of(tmp_path, ["row"], max_runtime_s=0.5), loader=faulty_engine.load_slowly)
+    assert time.monotonic() - began < 30
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_engine_outlives_its_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    pids = tmp_path / "pids"
+    write_rows(tmp_path / "rows", ["Hangs"])
+    process = start(tmp_path, {}, environment={faulty_engine.PIDS: str(pids)}, loader=faulty_engine.load, grace_s=0.2)
+    wait_until(lambda: pids.exists() and bool(pids.read_text()))
+    time.sleep(0.3)
+    engine = int(pids.read_text())
+    assert is_alive(engine)
+    os.kill(process.pid, number)
+    process.join(30)
+    assert process.exitcode == (-9 if number == signal.SIGKILL else 75)
+    wait_until(lambda: not is_alive(engine))
+
+
+def wait_until(condition: Any) -> None:
+    end = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
