@@ -21,7 +21,7 @@ def model_folder(model: ModelConfig, weights: bool = True) -> str:
     Raises InputError, with what to do, for a path that is neither, and when the hub has no such model or no answer.
     """
     path = config.resolve_path(model.path)
-    if Path(path).exists():
+    if _exists(path):
         return path
     if path != model.path or not _HUB_ID.fullmatch(path):
         raise InputError(
@@ -30,6 +30,13 @@ def model_folder(model: ModelConfig, weights: bool = True) -> str:
         )
     patterns = DESCRIPTION_FILES + (WEIGHT_FILES if weights else []) + (["*.py"] if model.trust_remote_code else [])
     return _download(path, model.revision, patterns)
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # too long for a name, a folder that may not be entered
+        return False
 
 
 def _download(repository: str, revision: str | None, patterns: list[str]) -> str:

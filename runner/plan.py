@@ -104,6 +104,7 @@ def make_plan(job: JobConfig) -> Plan:
     try:
         folder = model_folder(job.model, weights=not planning)
         checkpoint = open_checkpoint(folder, weights=not planning or bool(list(Path(folder).glob("*.safetensors"))))
+        model_digest = checkpoint.digest()
     except CheckpointError as error:
         raise InputError(f"model.path: {error}") from None
     through_transformers = checkpoint.architecture in discover.transformers_causal_architectures()
@@ -112,7 +113,7 @@ def make_plan(job: JobConfig) -> Plan:
         adapters = {name: digest(path) for name, path in job.model.adapters.items()}
     except CheckpointError as error:
         raise InputError(f"model.adapters: {error}") from None
-    plan = replace(plan, fingerprint=fingerprint(job, plan.settings, checkpoint.digest(), adapters))
+    plan = replace(plan, fingerprint=fingerprint(job, plan.settings, model_digest, adapters))
     if planning:
         from runner.inspect import inspect
 

@@ -110,7 +110,10 @@ def _printable(value: Any) -> Any:
 
 def _columns(tree: nodes.Template, key: str) -> list[str]:
     """Columns that a template reads, by name or as row["name"]."""
-    names = meta.find_undeclared_variables(tree)
+    tracking = meta.TrackingCodeGenerator(tree.environment)  # type: ignore[arg-type]
+    tracking.optimizer = None  # nothing of the template is computed before it is rendered
+    tracking.visit(tree)
+    names = tracking.undeclared_identifiers
     if "row" not in names:
         return sorted(names)
     uses = sum(node.name == "row" and node.ctx == "load" for node in tree.find_all(nodes.Name))

@@ -313,9 +313,12 @@ def load_transformers_model(settings: EngineSettings, checkpoint: Checkpoint, op
             trust_remote_code=settings.trust_remote_code,
             output_loading_info=True,
         )
-    except (ValueError, KeyError, ImportError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever a config.json that nobody has checked makes of transformers' classes
         raise UnsupportedModelError(
-            f"{checkpoint.path}: transformers cannot load {checkpoint.architecture} as a causal model: {error}"
+            f"{checkpoint.path}: transformers cannot load {checkpoint.architecture} as a causal model: "
+            f"{type(error).__name__}: {error}"
         ) from error
     model, info = loaded
     problems = [f"{what.removesuffix('_keys')}: {key}" for what in _PROBLEMS for key in sorted(map(str, info[what]))]

@@ -11,7 +11,7 @@ from runner.chunk import ROW_COLUMN, Chunk
 from runner.config import DatasetConfig
 from runner.errors import InputError
 from runner.source.base import FileSource, Range, row_numbers
-from runner.source.paths import InputFile
+from runner.source.paths import UNREADABLE, InputFile, reason
 
 SUFFIXES = (".arrow", ".feather", ".ipc", ".arrows")
 
@@ -114,7 +114,7 @@ class _Reader:
                 return None
         except StopIteration:
             return None
-        except (pa.ArrowException, OSError) as error:
+        except UNREADABLE as error:
             raise _damaged(self._file, error) from None
         self._next += 1
         if self._next == len(self._starts):
@@ -133,7 +133,7 @@ def _open_ipc(
         if magic == b"ARROW1":
             return pa.ipc.open_file(stream, options=options)
         return pa.ipc.open_stream(stream, options=options)
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         raise _damaged(file, error) from None
 
 
@@ -148,12 +148,11 @@ def _batch_sizes(file: InputFile, schema: pa.Schema) -> Iterator[int]:
         else:
             for index in range(ipc.num_record_batches):
                 yield ipc.get_batch(index).num_rows
-    except (pa.ArrowException, OSError) as error:
+    except UNREADABLE as error:
         raise _damaged(file, error) from None
 
 
 def _damaged(file: InputFile, error: Exception) -> InputError:
     return InputError(
-        f"{file.name}: {str(error).splitlines()[0]}; expected an Arrow IPC file or stream; restore it, or check "
-        "dataset.format"
+        f"{file.name}: {reason(error)}; expected an Arrow IPC file or stream; restore it, or check dataset.format"
     )

@@ -7,10 +7,12 @@ and limit take rows away and renumber nothing. A chunk never spans two files.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -18,7 +20,7 @@ from runner.chunk import ERROR_COLUMN, RESERVED_COLUMNS, ROW_COLUMN, Chunk
 from runner.config import DatasetConfig
 from runner.errors import InputError
 from runner.source.filter import Filter, parse
-from runner.source.paths import InputFile, partition_fields, partition_value
+from runner.source.paths import UNREADABLE, InputFile, partition_fields, partition_value, reason
 
 UNREADABLE_COLUMN = "_unreadable"
 """bool column that a format adds to ERROR_COLUMN: rows of which the filter cannot be asked, so that they are kept.
@@ -28,6 +30,7 @@ or a row would count at one time and not at another.
 """
 
 
+MAX_COLUMNS = 20_000
 MAX_COLUMN_BYTES = 2 << 30
 """Of one column of a chunk."""
 
@@ -51,7 +54,10 @@ class FileSource(ABC):
         self.files = files
         self._by_name = {file.name: file for file in files}
         self._unchanged: set[tuple[str, str]] = set()
-        self._file_schema = _plain_schema(self.infer_schema(), files[0].name)
+        try:
+            self._file_schema = _plain_schema(self.infer_schema(), files[0].name)
+        except UNREADABLE as error:
+            raise InputError(f"{files[0].name}: {reason(error)}; expected a sound file; restore it") from None
         own = [field for field in self._file_schema if field.name not in RESERVED_COLUMNS]
         names = {field.name for field in own}
         self._partition_fields = [field for field in partition_fields(files) if field.name not in names]
@@ -104,7 +110,8 @@ class FileSource(ABC):
         """The rows of a chunk that pass the filter: see runner.source.Source."""
         file = self._checked(chunk)
         wanted = self.schema.names if columns is None else list(columns)
-        missing = [name for name in wanted if name not in self.schema.names]
+        known = set(self.schema.names)
+        missing = [name for name in wanted if name not in known]
         if missing:
             raise InputError(
                 f"{chunk.file}: no column {', '.join(missing)}; expected some of {', '.join(self.schema.names)}"
@@ -274,11 +281,19 @@ def _without_unsound(column: pa.ChunkedArray, why: str) -> tuple[pa.ChunkedArray
             except pa.ArrowException as error:
                 found[first + place] = str(error).splitlines()[0][:200]
         bad = np.array([first + place in found for place in range(len(chunk))], dtype=bool)
-        pieces.append(chunk.take(pa.array(np.arange(len(chunk)), mask=bad)))
+        pieces.append(_nulled(chunk, bad))
         first += len(chunk)
     if not found:
         raise InputError(f"a column is damaged ({why}); expected sound Arrow data; restore the file")
     return pa.chunked_array(pieces, column.type), found
+
+
+def _nulled(chunk: pa.Array, bad: npt.NDArray[np.bool_]) -> pa.Array:
+    try:
+        return chunk.take(pa.array(np.arange(len(chunk)), mask=bad))
+    except pa.ArrowNotImplementedError:  # for views
+        values = [None if is_bad else chunk[place].as_py() for place, is_bad in enumerate(bad)]
+        return pa.array(values, chunk.type)
 
 
 def one_batch(table: pa.Table, chunk: Chunk) -> pa.RecordBatch:
@@ -336,7 +351,12 @@ def _has_length(data_type: pa.DataType) -> bool:
 
 
 def _plain_schema(schema: pa.Schema, name: str) -> pa.Schema:
-    duplicates = sorted({column for column in schema.names if schema.names.count(column) > 1})
+    if len(schema) > MAX_COLUMNS:
+        raise InputError(
+            f"{name}: {len(schema):,} columns; expected at most {MAX_COLUMNS:,}; keys that differ from row to row "
+            "belong in one column, as text or a map"
+        )
+    duplicates = sorted(column for column, count in Counter(schema.names).items() if count > 1)
     if duplicates:
         raise InputError(f"{name}: columns {', '.join(duplicates)} are there twice; expected each name once")
     return pa.schema([pa.field(field.name, plain_type(field.type)) for field in schema])
@@ -359,13 +379,22 @@ def plain_type(data_type: pa.DataType) -> pa.DataType:
     if types.is_large_binary(data_type) or types.is_binary_view(data_type):
         return pa.binary()
     if types.is_fixed_size_list(data_type):
-        return pa.list_(plain_type(data_type.value_type), data_type.list_size)
-    if types.is_list(data_type) or types.is_large_list(data_type) or types.is_list_view(data_type):
-        return pa.list_(plain_type(data_type.value_type))
-    if types.is_large_list_view(data_type):
-        return pa.list_(plain_type(data_type.value_type))
+        return pa.list_(_inner_type(data_type.value_type), data_type.list_size)
+    if (
+        types.is_list(data_type)
+        or types.is_large_list(data_type)
+        or types.is_list_view(data_type)
+        or types.is_large_list_view(data_type)
+    ):
+        return pa.list_(_inner_type(data_type.value_type))
     if types.is_struct(data_type):
-        return pa.struct([pa.field(field.name, plain_type(field.type)) for field in data_type])
+        return pa.struct([pa.field(field.name, _inner_type(field.type)) for field in data_type])
     if types.is_map(data_type):
-        return pa.map_(plain_type(data_type.key_type), plain_type(data_type.item_type))
+        return pa.map_(plain_type(data_type.key_type), _inner_type(data_type.item_type))
     return data_type
+
+
+def _inner_type(data_type: pa.DataType) -> pa.DataType:
+    """Of what stands in a nested type. Nulls become strings there: Arrow takes rows out of such lists wrongly."""
+    found = plain_type(data_type)
+    return pa.string() if pa.types.is_null(found) else found

@@ -18,7 +18,7 @@ from runner.errors import InputError
 from runner.source import values
 from runner.source.base import FileSource, Range
 from runner.source.lines import LineScanner, RecordReader, scan
-from runner.source.paths import InputFile
+from runner.source.paths import UNREADABLE, InputFile, reason
 
 SUFFIXES = (".jsonl", ".ndjson", ".json")
 SAMPLE_ROWS = 10_000
@@ -123,10 +123,9 @@ def _head(file: InputFile, num_rows: int) -> bytes:
         while len(data) < SAMPLE_BYTES and data.count(b"\n") < num_rows:
             try:
                 block = stream.read(1 << 20)
-            except (pa.ArrowException, OSError) as error:
+            except UNREADABLE as error:
                 raise InputError(
-                    f"{file.name}: {str(error).splitlines()[0]}; expected a whole {file.compression or 'plain'} file; "
-                    "restore it"
+                    f"{file.name}: {reason(error)}; expected a whole {file.compression or 'plain'} file; restore it"
                 ) from None
             if not block:
                 return data.removeprefix(_BOM)

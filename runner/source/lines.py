@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
-import pyarrow as pa
 
 from runner.errors import InputError
 from runner.source.base import Range
-from runner.source.paths import InputFile
+from runner.source.paths import UNREADABLE, InputFile, reason
 
 BLOCK_BYTES = 4 << 20
 MAX_RECORD_BYTES = 256 << 20
@@ -98,14 +97,14 @@ class Stream:
                 self._stream.seek(offset)
             else:
                 self._skip(offset)
-        except (pa.ArrowException, OSError) as error:
+        except UNREADABLE as error:
             raise self._damaged(error) from None
 
     def next_block(self) -> bytes:
         """The next bytes; b"" at the end. Raises InputError if they cannot be read or decompressed."""
         try:
             block = self._stream.read(BLOCK_BYTES)
-        except (pa.ArrowException, OSError) as error:
+        except UNREADABLE as error:
             raise self._damaged(error) from None
         self.offset += len(block)
         return block
@@ -122,7 +121,7 @@ class Stream:
 
     def _damaged(self, error: Exception) -> InputError:
         return InputError(
-            f"{self.file.name}: cannot be read at byte {self.offset} ({str(error).splitlines()[0]}); expected a whole "
+            f"{self.file.name}: cannot be read at byte {self.offset} ({reason(error)}); expected a whole "
             f"{self.file.compression or 'plain'} file; restore it"
         )
 

@@ -15,7 +15,7 @@ from runner.chunk import ROW_COLUMN, Chunk
 from runner.config import DatasetConfig
 from runner.errors import InputError
 from runner.source.base import FileSource, Range, row_numbers
-from runner.source.paths import InputFile, partition_value
+from runner.source.paths import UNREADABLE, InputFile, partition_value, reason
 
 SUFFIXES = (".parquet", ".pq")
 MAX_CHUNK_BYTES = 2 << 30
@@ -56,10 +56,10 @@ class ParquetSource(FileSource):
             opened.may_pass = self._groups_that_may_pass(file, opened)
         try:
             return opened.read(chunk.start, chunk.start + chunk.num_rows, columns)
-        except (pa.ArrowException, OSError) as error:
+        except UNREADABLE as error:
             raise InputError(
                 f"{file.name}: rows {chunk.start} to {chunk.start + chunk.num_rows - 1} cannot be read "
-                f"({str(error).splitlines()[0]}); expected a sound Parquet file; restore it"
+                f"({reason(error)}); expected a sound Parquet file; restore it"
             ) from None
 
     def _opened(self, file: InputFile) -> _OpenFile:
@@ -102,8 +102,8 @@ class _OpenFile:
                 thrift_container_size_limit=MAX_METADATA_BYTES >> 4,
             )
             self.reader.schema_arrow  # noqa: B018 -- raises where the footer's schema is damaged
-        except (pa.ArrowException, OSError, ValueError) as error:
-            raise InputError(f"{file.name}: {str(error).splitlines()[0]}; expected a Parquet file; check it") from None
+        except UNREADABLE as error:
+            raise InputError(f"{file.name}: {reason(error)}; expected a Parquet file; check it") from None
         metadata = self.reader.metadata
         sizes = [metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)]
         self.group_starts = np.cumsum([0, *sizes])

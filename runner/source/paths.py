@@ -24,12 +24,19 @@ from runner.errors import ConfigError, InputError
 
 IDENTITY_BYTES = 64 << 10
 """Bytes at the beginning and at the end of a file that enter its identity."""
+UNREADABLE = (pa.ArrowException, OSError, ValueError, MemoryError)
+"""What reading a damaged file raises: text that is no UTF-8 is a ValueError, a length that lies takes all memory."""
 _PREFIXES = ("package:", "project:", "~")
 _LOCAL_PROTOCOLS = {"file", "local", "memory", "zip", "tar"}
 """Of fsspec: those that reach nothing but this machine, whatever the path after them says."""
 _NULL_PARTITION = "__HIVE_DEFAULT_PARTITION__"
 _COMPRESSIONS = (".gz", ".zst", ".bz2")
 _MAGIC = set("*?[")
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 @dataclass(frozen=True, slots=True)
