@@ -9,7 +9,7 @@ NATIVE := $(VENV)/.native-$(shell cat setup.py $$(find csrc -type f | LC_ALL=C s
 PYTEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false $(BIN)/python -m pytest -n 2 --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help run test test-slow test-nightly test-all lint docs bench gpu clean
+.PHONY: help run test test-slow test-nightly test-all lint audit docs bench gpu clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -32,6 +32,9 @@ lint: $(SETUP) $(NATIVE) ## Check style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: $(SETUP) ## Look for known vulnerabilities in dependencies and unsafe calls in the code
+	.ci/audit
 
 docs: $(SETUP) $(NATIVE) ## Generate docs/configuration.md and docs/support_matrix.md again
 	$(BIN)/python -m runner.docs

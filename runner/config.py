@@ -23,7 +23,7 @@ from engines.api import EngineConfig, SamplingParams, bounded
 from runner import schema
 from runner.errors import ConfigError
 from runner.schema import Key
-from runner.secrets import holds_secret, mask_tree
+from runner.secrets import holds_secret, mask, mask_tree
 
 
 @dataclass(frozen=True)
@@ -346,6 +346,8 @@ def _output_findings(job: JobConfig) -> Iterator[str]:
 
 
 def _run_findings(job: JobConfig) -> Iterator[str]:
+    if mask(job.name) != job.name:
+        yield "name: holds a credential; expected a name that anybody may see, as it is the output folder's; change it"
     if job.retry_errors and job.mode != "run":
         yield f"retry_errors: true with mode={job.mode}; expected mode=run; remove one of them"
     if job.shard.index >= job.shard.count:
