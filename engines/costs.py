@@ -61,6 +61,11 @@ def matrix_parameters(spec: ModelSpec, experts: float | None = None) -> float:
     return spec.num_hidden_layers * _attention_matrices(spec) + sum(_mlp_matrices(spec, i, used) for i in layers)
 
 
+def held_matrix_parameters(spec: ModelSpec) -> int:
+    """The same with all experts: what quantization makes smaller."""
+    return int(matrix_parameters(spec, spec.moe.num_experts if isinstance(spec, DecoderSpec) and spec.moe else None))
+
+
 def _encoder_matrices(spec: EncoderSpec) -> int:
     return 4 * spec.hidden_size * spec.hidden_size + 2 * spec.hidden_size * spec.intermediate_size
 

@@ -29,6 +29,7 @@ def fingerprint(
     """
     values: dict[str, Any] = {
         "model": model_digest,
+        "model.quantization": job.model.quantization,
         "model.adapters": adapter_digests,
         "model.adapter": job.model.adapter,
         "model.adapter_column": job.model.adapter_column,

@@ -70,6 +70,7 @@ def memory_of(
     on_cpu: bool,
     tp: int,
     dequantized: bool = False,
+    quantization: str | None = None,
 ) -> Memory:
     """What one device of the host, or its CPU, would hold; spec None: a model whose cache is not known."""
     if on_cpu:
@@ -81,6 +82,8 @@ def memory_of(
         device, total, free = host.device_name or host.device, host.memory_bytes, host.free_bytes
     length = config.max_model_len or 0
     weights = weight_bytes(checkpoint, spec, dtype, dequantized) // tp
+    if quantization == "int8" and spec:
+        weights -= costs.held_matrix_parameters(spec) * (costs.DTYPE_BYTES[dtype] - 1) // tp
     per_token = costs.kv_bytes_per_token(spec, dtype, config.kv_dtype) // tp if spec else 0
     tokens = max(config.max_num_batched_tokens, config.max_num_seqs)
     activations = costs.activation_bytes(spec, dtype, tokens, config.max_num_seqs) if spec else 0

@@ -154,6 +154,7 @@ def resolve(job: JobConfig, checkpoint: Checkpoint, host: Host, kind: Kind, thro
     _check_host(job, host)
     spec, notes = _model(job, checkpoint, kind, through_transformers)
     _check_task(job, checkpoint, spec, kind)
+    _check_quantization(job, checkpoint)
     pooling, normalize, pooling_notes = _pooling(job, checkpoint, spec, kind)
     length, length_notes = _max_model_len(job, checkpoint, spec, kind)
     wanted = _only_one("dtype", job.model.dtype, job.backend_config.dtype, "auto")
@@ -177,15 +178,16 @@ def resolve(job: JobConfig, checkpoint: Checkpoint, host: Host, kind: Kind, thro
         eos_token_ids=checkpoint.eos_token_ids,
         implementation="native" if spec else "transformers",
         numerics="fast" if job.numerics == "fast" else "invariant",
+        quantization="int8" if job.model.quantization == "int8" else None,
         adapters=job.model.adapters,
         trust_remote_code=spec is None and not through_transformers,
     )
     on_cpu, tp = chosen.engine == "cpu", job.parallelism.tp
-    dense = _dequantizes(_offer(chosen.engine, host), checkpoint)
-    memory = [memory_of(checkpoint, spec, chosen.dtype, config, host, on_cpu, tp, dense)]
+    dense = _dequantizes(_offer(chosen.engine, host), job, checkpoint)
+    memory = [memory_of(checkpoint, spec, chosen.dtype, config, host, on_cpu, tp, dense, job.model.quantization)]
     if on_cpu and host.device != "cpu":
         dtype = resolve_dtype(wanted, checkpoint.dtype, host, on_cpu=False)[0]
-        memory.append(memory_of(checkpoint, spec, dtype, config, host, False, tp))
+        memory.append(memory_of(checkpoint, spec, dtype, config, host, False, tp, False, job.model.quantization))
     notes += memory_notes(memory[0])
     return Plan(job, settings, verdicts, tuple(notes), tuple(memory), host, checkpoint.architecture, spec)
 
@@ -359,7 +361,7 @@ def check_config(config: EngineConfig) -> None:
 def needs(job: JobConfig, checkpoint: Checkpoint, spec: ModelSpec | None, dtype: str, kind: Kind) -> list[Requirement]:
     """All that a job requires of an engine: the model's ops, and what the job adds to them."""
     kv_dtype = job.backend_config.kv_dtype
-    quantization = quantization_attributes(checkpoint.quantization)
+    quantization = quantization_of(job, checkpoint)
     spread = {key: getattr(job.parallelism, key) for key in ("tp", "dp", "ep")}
     needed = [Requirement("parallelism", {key: value for key, value in spread.items() if value > 1})]
     if spec is None:
@@ -386,15 +388,15 @@ def _verdict(
     missed = difference(needed, offer)
     slow = [f"{op}: reference op inside the decode step" for op in reference_ops(needed, offer)]
     notes = [note] if note else []
-    dense = _dequantizes(offer, checkpoint)
+    dense = _dequantizes(offer, job, checkpoint)
     if dense and spec is not None:
-        method = quantization_attributes(checkpoint.quantization)["quantization"]
+        method = quantization_of(job, checkpoint)["quantization"]
         notes.append(f"{method}: weights are dequantized to {dtype} at load and take the memory of that")
     if slow and job.backend == "auto" and engine != ORDER[-1]:
         missed += slow
     elif slow:
         notes += [f"{text} ({', '.join(offer.notes)})" if offer.notes else text for text in slow]
-    memory = memory_of(checkpoint, spec, dtype, config, host, on_cpu, job.parallelism.tp, dense)
+    memory = memory_of(checkpoint, spec, dtype, config, host, on_cpu, job.parallelism.tp, dense, job.model.quantization)
     if memory.fits is False and not offer.blockers:
         missed.append(
             f"memory: weights {gb(memory.weight_bytes)} + activations {gb(memory.activation_bytes)} > "
@@ -411,9 +413,25 @@ def _offer(engine: str, host: Host) -> Offer:
     return offer
 
 
-def _dequantizes(offer: Offer, checkpoint: Checkpoint) -> bool:
-    """Whether the engine holds a quantized checkpoint's weights in the compute dtype."""
-    return quantization_attributes(checkpoint.quantization).get("weights") in offer.dequantized
+def quantization_of(job: JobConfig, checkpoint: Checkpoint) -> dict[str, int | str | bool]:
+    """What is asked of the op `linear`, by the checkpoint or by model.quantization; {} for plain weights."""
+    if job.model.quantization is not None:
+        return {"quantization": job.model.quantization, "weights": "w8a8"}
+    return quantization_attributes(checkpoint.quantization)
+
+
+def _check_quantization(job: JobConfig, checkpoint: Checkpoint) -> None:
+    found = quantization_attributes(checkpoint.quantization)
+    if job.model.quantization is not None and found:
+        raise ConfigError(
+            f"model.quantization: {job.model.quantization}, and the checkpoint's weights are quantized already "
+            f"({found['quantization']}); expected null, or a checkpoint of plain weights; remove it"
+        )
+
+
+def _dequantizes(offer: Offer, job: JobConfig, checkpoint: Checkpoint) -> bool:
+    """Whether the engine holds quantized weights in the compute dtype."""
+    return quantization_of(job, checkpoint).get("weights") in offer.dequantized
 
 
 def _choose(job: JobConfig, checkpoint: Checkpoint, verdicts: Sequence[Verdict]) -> Verdict:

@@ -10,6 +10,7 @@ class OpSet(ops.OpSet):
     """oneDNN for products; the compiled library's ops where it was built, else attention on plain torch."""
 
     prepare_linear = staticmethod(linear.prepare_linear)
+    prepare_quantized = linear.prepare_quantized
     linear = staticmethod(linear.linear)
     paged_attention = staticmethod(attention.paged_attention)
     allocate_kv_cache = staticmethod(memory.allocate_kv_cache)

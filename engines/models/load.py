@@ -32,7 +32,11 @@ def load_model(settings: EngineSettings, ops: OpSet) -> Model:
     cannot be run here.
     """
     checkpoint = open_checkpoint(settings.model_path)
-    fmt = weight_format(checkpoint)
+    fmt = (
+        discover.modules("engines.formats")[settings.quantization]
+        if settings.quantization
+        else weight_format(checkpoint)
+    )
     if settings.implementation == "transformers":
         if checkpoint.quantization is not None:
             raise UnsupportedModelError(

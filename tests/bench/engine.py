@@ -18,6 +18,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model")
     parser.add_argument("workload")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantization", choices=("int8",))
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--limit", type=int, help="only the first requests")
     parser.add_argument("--floor", action="store_true", help="print the least time at this machine's limits")
@@ -34,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
 def measure(args: argparse.Namespace, workload: list[dict], limits: ceilings.Ceilings | None) -> dict[str, object]:
     start = time.perf_counter()
     config = Config(max_model_len=2048, kv_cache_bytes=4 << 30)
-    engine = load_engine(EngineSettings("cpu", args.model, args.dtype, config))
+    engine = load_engine(EngineSettings("cpu", args.model, args.dtype, config, quantization=args.quantization))
     load_s = time.perf_counter() - start
     recorder = floor.Recorder(engine.runner)
     start = time.perf_counter()
@@ -59,6 +60,7 @@ def measure(args: argparse.Namespace, workload: list[dict], limits: ceilings.Cei
     return {
         "model": Path(args.model).name,
         "workload": Path(args.workload).stem,
+        "quantization": args.quantization,
         "wall_s": round(wall_s, 2),
         "out_tok_s": round(done / wall_s, 1),
         "total_tok_s": round((prompt + done) / wall_s, 1),

@@ -153,7 +153,7 @@ def test_when_nothing_can_run_it_every_engine_says_why() -> None:
     unread = {"quant_method": "bitsandbytes", "bits": 4}
     with pytest.raises(EngineError) as caught:
         resolve(job(), checkpoint(quantization_config=unread), CPU, "generate")
-    reason = "  cpu: linear quantization=bitsandbytes: cpu offers awq, gptq, fp8, compressed-tensors, mxfp4"
+    reason = "  cpu: linear quantization=bitsandbytes: cpu offers awq, gptq, fp8, compressed-tensors, mxfp4, int8"
     assert reason in str(caught.value).splitlines()
     assert "  cuda: no CUDA device: no NVIDIA driver was found" in str(caught.value)
 
@@ -261,7 +261,7 @@ def check_sentences(
     method = (QUANTIZATIONS[quantization] or {}).get("quant_method", "unknown")
     op = "transformers_model" if architecture.startswith("GPT2") else "linear"
     of_cpu = backend != "cuda"
-    offered = "unquantized weights only" if op != "linear" else "awq, gptq, fp8, compressed-tensors, mxfp4"
+    offered = "unquantized weights only" if op != "linear" else "awq, gptq, fp8, compressed-tensors, mxfp4, int8"
     quantized = f"{op} quantization={method}: cpu offers {offered}"
     unread = quantization != "none" if op != "linear" else quantization == "nameless"
     assert (quantized in text) == (of_cpu and unread)
@@ -681,3 +681,18 @@ def test_a_quantized_cache_holds_more_and_is_part_of_the_requirements() -> None:
     through = planning(CPU, backend="cpu", backend_config=CpuConfig(kv_dtype="int8"))
     with pytest.raises(EngineError, match="transformers_model kv_dtype=int8: cpu does not offer it"):
         resolve(through, checkpoint(architectures=["GPT2LMHeadModel"], n_positions=1024), CPU, "generate", True)
+
+
+def test_quantization_at_load_is_planned_for() -> None:
+    """On the CPU alone so far; other engines say what they lack, and a quantized checkpoint is not quantized again."""
+    wanted = job(model=replace(job().model, quantization="int8"))
+    plan, plain = resolve(wanted, checkpoint(), CPU, "generate"), resolve(job(), checkpoint(), CPU, "generate")
+    assert plan.settings.quantization == "int8" and plain.settings.quantization is None
+    assert plan.settings.backend == "cpu"
+    assert plan.memory[0].weight_bytes < plain.memory[0].weight_bytes
+    elsewhere = resolve(planning(H200, model=wanted.model), checkpoint(), H200, "generate")
+    for engine in ("triton", "cuda"):
+        assert "int8" in " ".join(missed(elsewhere, engine))
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 128}
+    with pytest.raises(ConfigError, match=r"model\.quantization: int8, and .* quantized already \(awq\)"):
+        resolve(wanted, checkpoint(quantization_config=awq), CPU, "generate")
