@@ -52,7 +52,7 @@ def prepare_quantized(self: OpSet, weight: QuantizedWeight, bias: Tensor | None,
 
 
 def linear(x: Tensor, weight: LinearWeight) -> Tensor:
-    """As the reference, but that products of integers for bfloat16 are rounded before and after the token's scale."""
+    """As the reference, but that sums of integers for bfloat16 are rounded before and after the token's scale."""
     if isinstance(weight.data, PackedInt8):
         return _int8_linear(x, weight.data, weight.bias, weight.out_features)
     if not (isinstance(weight.data, Tensor) and weight.data.is_mkldnn):
@@ -67,10 +67,10 @@ def _int8_linear(x: Tensor, weight: PackedInt8, bias: Tensor | None, out_feature
     if x.shape[0] == 0:
         return x.new_empty(0, out_features)
     codes, scales = torch.ops.cpu_ops.quantize_rows(x, weight.input_scale)
-    if x.dtype == torch.bfloat16:
+    if x.dtype == torch.bfloat16 and bias is None:
         # Rounded here, and once more with the token's scale: less than the inputs were, and half the bytes.
         out = _sums(codes, weight, torch.bfloat16)
-        torch.ops.cpu_ops.rescale_rows(out, scales, bias, out)
+        torch.ops.cpu_ops.rescale_rows(out, scales, None, out)
         return out
     out = x.new_empty(x.shape[0], out_features)
     for rows, scale, part in zip(codes.split(INT8_ROWS), scales.split(INT8_ROWS), out.split(INT8_ROWS), strict=True):
