@@ -118,7 +118,7 @@ def probe(price_per_hour: float | None = None) -> Host:
         free_bytes=free,
         price_per_hour=price_per_hour,
         cpu_name=name,
-        cpu_cores=_cores(),
+        cpu_cores=num_cores(),
         cpu_memory_bytes=free,
         cpu_dtypes=dtypes,
         extensions=installed_extensions(),
@@ -211,7 +211,7 @@ def _capability(text: str | None) -> tuple[int, int] | None:
     return int(major), int(minor)
 
 
-def _cores() -> int:
+def num_cores() -> int:
     """Processors this process may use (affinity counts, as under Slurm and in containers)."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -362,7 +362,7 @@ def _run_findings(job: JobConfig) -> Iterator[str]:
         yield f"parallelism.ep: {job.parallelism.ep}; expected a divisor of tp * dp, which is {devices}; correct it"
     for key in schema.keys(ParallelismConfig):
         value = getattr(job.parallelism, key.name)
-        if value > 1 and job.mode != "plan":
+        if value > 1 and key.name != "dp" and job.mode != "plan":
             yield (
                 f"parallelism.{key.name}: {value} is not available yet; expected 1; set parallelism=single, or "
                 "mode=plan to see what would run"

@@ -35,7 +35,7 @@ from runner.stop import ErrorLimit, Stop
 from runner.storage import local_folder
 from runner.tasks import build_task
 from runner.window import CODE_COLUMN, Layout, OpenChunk, Result, without
-from runner.workers import Supervision, Workers
+from runner.workers import Supervision, Workers, each_worker
 
 if TYPE_CHECKING:
     from runner.plan import Plan
@@ -155,7 +155,7 @@ def open_engine(
         yield lambda: engine
         return
     supervision = Supervision(plan.job.step_timeout_s, progress.say, progress.note, stop.check, loader)
-    with contextlib.closing(Workers([plan.settings], supervision)) as workers:
+    with contextlib.closing(Workers(each_worker(plan.settings, plan.job.parallelism.dp), supervision)) as workers:
         yield workers.ready
 
 

@@ -71,8 +71,10 @@ def memory_of(
     tp: int,
     dequantized: bool = False,
     quantization: str | None = None,
+    dp: int = 1,
 ) -> Memory:
-    """What one device of the host, or its CPU, would hold; spec None: a model whose cache is not known."""
+    """What one device of the host would hold, or its CPU, which holds all dp copies; spec None: a model whose cache is
+    not known."""
     if on_cpu:
         device = host.cpu_name or "the CPU"
         total = host.memory_bytes if host.device == "cpu" else host.cpu_memory_bytes
@@ -87,6 +89,8 @@ def memory_of(
     per_token = costs.kv_bytes_per_token(spec, dtype, config.kv_dtype) // tp if spec else 0
     tokens = max(config.max_num_batched_tokens, config.max_num_seqs)
     activations = costs.activation_bytes(spec, dtype, tokens, config.max_num_seqs) if spec else 0
+    if on_cpu:
+        weights, activations = weights * dp, activations * dp
     kv = config.kv_cache_bytes or int(config.kv_memory_fraction * max(free - weights - activations, 0))
     return Memory(device, dtype, total, free, weights, activations, per_token, kv if per_token else 0, length)
 

@@ -184,10 +184,11 @@ def resolve(job: JobConfig, checkpoint: Checkpoint, host: Host, kind: Kind, thro
     )
     on_cpu, tp = chosen.engine == "cpu", job.parallelism.tp
     dense = _dequantizes(_offer(chosen.engine, host), job, checkpoint)
-    memory = [memory_of(checkpoint, spec, chosen.dtype, config, host, on_cpu, tp, dense, job.model.quantization)]
+    stored, dp = job.model.quantization, job.parallelism.dp
+    memory = [memory_of(checkpoint, spec, chosen.dtype, config, host, on_cpu, tp, dense, stored, dp)]
     if on_cpu and host.device != "cpu":
         dtype = resolve_dtype(wanted, checkpoint.dtype, host, on_cpu=False)[0]
-        memory.append(memory_of(checkpoint, spec, dtype, config, host, False, tp, False, job.model.quantization))
+        memory.append(memory_of(checkpoint, spec, dtype, config, host, False, tp, False, stored))
     notes += memory_notes(memory[0])
     return Plan(job, settings, verdicts, tuple(notes), tuple(memory), host, checkpoint.architecture, spec)
 
@@ -396,7 +397,18 @@ def _verdict(
         missed += slow
     elif slow:
         notes += [f"{text} ({', '.join(offer.notes)})" if offer.notes else text for text in slow]
-    memory = memory_of(checkpoint, spec, dtype, config, host, on_cpu, job.parallelism.tp, dense, job.model.quantization)
+    memory = memory_of(
+        checkpoint,
+        spec,
+        dtype,
+        config,
+        host,
+        on_cpu,
+        job.parallelism.tp,
+        dense,
+        job.model.quantization,
+        job.parallelism.dp,
+    )
     if memory.fits is False and not offer.blockers:
         missed.append(
             f"memory: weights {gb(memory.weight_bytes)} + activations {gb(memory.activation_bytes)} > "

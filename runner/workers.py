@@ -7,6 +7,7 @@ all others, in ever smaller groups, until one ends a process when it is alone th
 from __future__ import annotations
 
 import contextlib
+import heapq
 import queue
 import signal
 import time
@@ -15,12 +16,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from engines import platform
 from engines.api import EngineSettings, EngineStats, ErrorInfo, Outcome, Request
 from runner import engine_main
 from runner.engine_main import Failure, Loaded, Loader, Report, unpack
 from runner.engine_process import Ended, EngineProcess
 from runner.errors import EngineError, InputError, InternalError
 
+IN_FLIGHT = 2
+"""Requests of a worker among several, as a multiple of its engine's max_num_seqs."""
 POLL_S = 0.1
 """Longest wait for a message: the job has other duties."""
 LOG_INTERVAL_S = 1.0
@@ -70,6 +74,8 @@ class Worker:
     ) -> None:
         self.max_model_len: int | None = None
         """None until the engine is loaded for the first time."""
+        self.load = 0
+        """Tokens that its requests in flight have and may get."""
         self.in_flight: dict[int, Request] = {}
         """In the process, by id, in the order in which they were sent."""
         self.groups: list[list[Request]] = []
@@ -93,6 +99,12 @@ class Worker:
         return self._process.ready
 
     @property
+    def room(self) -> int:
+        """Requests that it takes besides others: enough that its engine has some waiting, the rest for whoever is
+        first."""
+        return IN_FLIGHT * self._settings.config.max_num_seqs - len(self.in_flight)
+
+    @property
     def stats(self) -> EngineStats:
         """Of all its processes so far."""
         counters = {name: getattr(self._stats, name) + getattr(self._before, name) for name in _COUNTERS}
@@ -106,6 +118,7 @@ class Worker:
     def send(self, requests: Sequence[Request]) -> None:
         """Put requests in flight."""
         self.in_flight |= {request.request_id: request for request in requests}
+        self.load += sum(map(_num_tokens, requests))
         self._process.send_requests(requests)
 
     def send_suspects(self) -> None:
@@ -178,8 +191,10 @@ class Worker:
     def _report(self, report: Report) -> None:
         self._stats = report.stats
         for outcome in unpack(Outcome, report.outcomes):
-            if self.in_flight.pop(outcome.request_id, None) is None:
+            request = self.in_flight.pop(outcome.request_id, None)
+            if request is None:
                 raise InternalError(f"request {outcome.request_id}: an outcome that nobody waits for")
+            self.load -= _num_tokens(request)
             self.finished.append(outcome)
         if report.outcomes:
             self._process.has_answered, self._killers_in_a_row = True, 0
@@ -211,6 +226,7 @@ class Worker:
             first = 1 if not self._process.has_answered else (len(suspects) + 1) // 2
             self.groups = [group for group in (suspects[:first], suspects[first:], *self.groups) if group]
         self.in_flight.clear()
+        self.load = 0
         self.isolating = bool(self.groups)
         self._restart()
         return others
@@ -375,12 +391,28 @@ class Workers:
                 yield self._messages.get_nowait()
 
     def _dispatch(self) -> None:
-        """Give waiting requests to the workers that can take them."""
+        """Give waiting requests to the workers that can take them, each to the one with the least to do."""
         for worker in self._workers:
             worker.send_suspects()
-            if self._backlog and worker.ready and not worker.isolating:
-                worker.send(list(self._backlog))
-                self._backlog.clear()
+        able = [worker for worker in self._workers if worker.ready and not worker.isolating]
+        if not able or not self._backlog:
+            return
+        if len(self._workers) == 1:
+            able[0].send(list(self._backlog))
+            self._backlog.clear()
+            return
+        shares: list[list[Request]] = [[] for _ in able]
+        idle = [(worker.load, index) for index, worker in enumerate(able) if worker.room > 0]
+        heapq.heapify(idle)
+        while self._backlog and idle:
+            load, index = heapq.heappop(idle)
+            request = self._backlog.popleft()
+            shares[index].append(request)
+            if len(shares[index]) < able[index].room:
+                heapq.heappush(idle, (load + _num_tokens(request), index))
+        for worker, share in zip(able, shares, strict=True):
+            if share:
+                worker.send(share)
 
     def stats(self) -> EngineStats:
         """Sums over the workers."""
@@ -391,6 +423,26 @@ class Workers:
     def close(self) -> None:
         for worker in self._workers:
             worker.close()
+
+
+def each_worker(settings: EngineSettings, num_workers: int) -> list[EngineSettings]:
+    """The settings of each of several workers on one processor: they share its threads and the memory for the cache."""
+    if num_workers == 1:
+        return [settings]
+    config = settings.config
+    size = config.kv_cache_bytes
+    share: dict[str, Any] = {
+        "kv_cache_bytes": None if size is None else max(1, size // num_workers),
+        "kv_memory_fraction": config.kv_memory_fraction / num_workers,
+    }
+    if hasattr(config, "num_threads"):
+        share["num_threads"] = max(1, (config.num_threads or platform.num_cores()) // num_workers)
+    return [replace(settings, config=replace(config, **share))] * num_workers
+
+
+def _num_tokens(request: Request) -> int:
+    """What a request has and may get, as far as it can be known."""
+    return len(request.token_ids) + ((request.sampling.max_tokens or 0) if request.sampling else 0)
 
 
 def _ending(status: int) -> str:

@@ -125,3 +125,27 @@ def load_dies_always(settings: EngineSettings, watch: Watch, permission: Callabl
     engine = load(settings, watch, permission)
     engine.watch = lambda request_ids: (watch(request_ids), os._exit(9))  # type: ignore[assignment, func-returns-value]
     return engine
+
+
+def load_slow(settings: EngineSettings, watch: Watch, permission: Callable[[], None]) -> FaultyEngine:
+    """One whose steps take 5 ms, and that notes at its end how many requests it had."""
+    engine = load(settings, watch, permission)
+    engine.on_step = lambda: time.sleep(0.005)
+    step, done = engine.step, [0]
+    shares = Path(os.environ[PIDS] + ".shares")
+
+    def counting() -> list[Outcome]:
+        outcomes = step()
+        done[0] += len(outcomes)
+        shares.with_name(f"{shares.name}.{os.getpid()}").write_text(f"{os.getpid()} {done[0]}\n")
+        return outcomes
+
+    engine.step = counting  # type: ignore[method-assign]
+    return engine
+
+
+def load_sleepy(settings: EngineSettings, watch: Watch, permission: Callable[[], None]) -> FaultyEngine:
+    """One whose steps take 50 ms."""
+    engine = load(settings, watch, permission)
+    engine.on_step = lambda: time.sleep(0.05)
+    return engine

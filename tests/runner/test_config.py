@@ -189,7 +189,7 @@ MESSAGES = [
         "",
     ),
     ({"parallelism__tp": 2}, "parallelism.tp: 2 is not available yet; expected 1; set parallelism=single, or mode", ""),
-    ({"parallelism__dp": 2}, "parallelism.dp: 2 is not available yet;", ""),
+    ({"parallelism__dp": 2, "parallelism__ep": 2}, "parallelism.ep: 2 is not available yet;", ""),
     (
         {"output__compression_level": 30},
         "output.compression_level: 30 with compression zstd; expected 1 to 22, or null; correct it",

@@ -696,3 +696,10 @@ def test_quantization_at_load_is_planned_for() -> None:
     awq = {"quant_method": "awq", "bits": 4, "group_size": 128}
     with pytest.raises(ConfigError, match=r"model\.quantization: int8, and .* quantized already \(awq\)"):
         resolve(wanted, checkpoint(quantization_config=awq), CPU, "generate")
+
+
+def test_copies_of_the_model_on_one_processor_take_memory_each() -> None:
+    one, two = (resolve(job(parallelism=ParallelismConfig(dp=dp)), checkpoint(), CPU, "generate") for dp in (1, 2))
+    assert two.memory[0].weight_bytes == 2 * one.memory[0].weight_bytes
+    elsewhere = resolve(planning(H200, parallelism=ParallelismConfig(dp=2)), checkpoint(), H200, "generate")
+    assert "dp=2" in " ".join(missed(elsewhere, "triton"))

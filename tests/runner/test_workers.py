@@ -13,10 +13,13 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from engines.api import EngineConfig
+from engines.api import EngineConfig, EngineSettings
+from engines.cpu.offers import Config
+from runner.config import ParallelismConfig
 from runner.errors import EngineError, InputError, Interrupted
 from runner.job import run
 from runner.plan import Plan
+from runner.workers import each_worker
 from tests import faulty_engine
 from tests.crash.child import start
 from tests.fake_engine import FakeEngine
@@ -164,3 +167,48 @@ def is_alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except FileNotFoundError:
         return False
+
+
+# Several engines
+
+
+def test_several_engines_give_the_output_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pids = tmp_path / "pids"
+    monkeypatch.setenv(faulty_engine.PIDS, str(pids))
+    texts = [f"row {i} " + "x" * (i % 40) for i in range(400)]
+    one = run(plan_of(tmp_path, texts), loader=faulty_engine.load)
+    spread = plan_of(tmp_path, texts, name="three", parallelism=ParallelismConfig(dp=3))
+    three = run(spread, loader=faulty_engine.load_slow)
+    assert read_output(three.folder).equals(read_output(one.folder))
+    assert len(set(pids.read_text().split())) == 4
+    assert three.counts.num_output_tokens == one.counts.num_output_tokens
+    shares = [int(path.read_text().split()[1]) for path in tmp_path.glob("pids.shares.*")]
+    assert len(shares) == 3 and sum(shares) == 400 and min(shares) > 80, shares
+
+
+def test_rows_of_an_engine_that_dies_go_to_the_others(tmp_path: Path) -> None:
+    plan = plan_of(tmp_path, TEXTS, parallelism=ParallelismConfig(dp=2))
+    summary = run(plan, loader=faulty_engine.load)
+    table = read_output(summary.folder)
+    assert summary.num_rows == 120 and without_errors(table) == [i for i in range(120) if i not in BAD]
+    assert table.column("id").to_pylist() == list(range(120))
+
+
+def test_threads_and_memory_are_shared_out() -> None:
+    settings = EngineSettings("cpu", "x", "float32", Config(num_threads=8, kv_cache_bytes=100))
+    first, *others = each_worker(settings, 4)
+    assert isinstance(first.config, Config) and others == [first] * 3
+    assert (first.config.num_threads, first.config.kv_cache_bytes) == (2, 25)
+    assert each_worker(settings, 1) == [settings]
+
+
+def test_two_engines_take_half_the_time(tmp_path: Path) -> None:
+    """Of an engine that waits more than it computes; loading is not counted."""
+    texts = [f"row {i}" for i in range(160)]
+    times = []
+    for dp in (1, 2):
+        plan = plan_of(tmp_path, texts, 8, name=f"dp{dp}", parallelism=ParallelismConfig(dp=dp), window_rows=1000)
+        run(plan, loader=faulty_engine.load_sleepy)
+        marks = [json.loads(line) for line in (tmp_path / "out" / f"dp{dp}" / "metrics.jsonl").read_text().splitlines()]
+        times.append(marks[-1]["elapsed_s"])
+    assert times[0] / times[1] > 1.4, times
