@@ -57,6 +57,10 @@ class SentenceConfig:
     """Longer inputs are cut to this many tokens."""
 
 
+COUNTS = ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts")
+MAX_COUNT = 4096
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A model folder that can be opened: its files are there, of the right sizes, and inside the folder."""
@@ -142,10 +146,23 @@ def open_checkpoint(path: str, weights: bool = True) -> Checkpoint:
             f"{path}: has no config.json (it holds {_listing(folder)}); expected a model folder as Hugging Face's "
             "save_pretrained writes it; point at the folder that has config.json"
         )
+    _check_counts(folder, config)
     generation_config = _read_json(folder, "generation_config.json") or {}
     tensors = _tensors(folder) if weights else {}
     architecture = _architecture(folder, config)
     return Checkpoint(str(folder), config, architecture, generation_config, tensors, _sentence_config(folder))
+
+
+def _check_counts(folder: Path, config: dict[str, Any]) -> None:
+    """Numbers that code loops over, before any does."""
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in COUNTS:
+            found = part.get(key)
+            if isinstance(found, int | float) and found > MAX_COUNT:
+                raise CheckpointError(
+                    f"{folder}: config.json: {key} is {found:,}; expected at most {MAX_COUNT:,}; "
+                    "is this the model's own config.json?"
+                )
 
 
 def inside(folder: Path, name: str) -> Path:

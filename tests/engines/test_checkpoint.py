@@ -229,6 +229,14 @@ UNSOUND: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config is a list": (_config("[]"), "holds a list; expected a JSON object"),
     "config is nested without end": (_config("[" * 100_000), r"config\.json: is not valid JSON"),
     "no architectures": (_config('{"model_type": "llama"}'), "architectures is None; expected a list .* 'llama'"),
+    "layers without end": (
+        _config('{"architectures": ["X"], "num_hidden_layers": 2147483648}'),
+        "num_hidden_layers is 2,147,483,648; expected at most 4,096",
+    ),
+    "experts without end": (
+        _config('{"architectures": ["X"], "text_config": {"num_experts": 1e30}}'),
+        "num_experts is .*; expected at most 4,096",
+    ),
     "empty architectures": (_config('{"architectures": []}'), r"architectures is \[\]"),
     "architectures of numbers": (_config('{"architectures": [1]}'), r"architectures is \[1\]"),
     "index leads up": (_index(a="../one.safetensors"), "names the file '../one.safetensors'; expected a name inside"),
