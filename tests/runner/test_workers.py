@@ -203,12 +203,12 @@ def test_threads_and_memory_are_shared_out() -> None:
 
 
 def test_two_engines_take_half_the_time(tmp_path: Path) -> None:
-    """Of an engine that waits more than it computes; loading is not counted."""
-    texts = [f"row {i}" for i in range(160)]
+    """Of an engine that waits more than it computes; starting it is counted."""
+    texts = [f"row {i}" for i in range(320)]
     times = []
     for dp in (1, 2):
         plan = plan_of(tmp_path, texts, 8, name=f"dp{dp}", parallelism=ParallelismConfig(dp=dp), window_rows=1000)
         run(plan, loader=faulty_engine.load_sleepy)
         marks = [json.loads(line) for line in (tmp_path / "out" / f"dp{dp}" / "metrics.jsonl").read_text().splitlines()]
         times.append(marks[-1]["elapsed_s"])
-    assert times[0] / times[1] > 1.4, times
+    assert times[0] / times[1] > 1.3, times
