@@ -25,6 +25,8 @@ class Memory:
     kv_bytes: int
     """What the KV cache gets."""
     max_model_len: int
+    num_copies: int = 1
+    """Of the model, among which the KV cache is divided."""
 
     @property
     def fits(self) -> bool | None:
@@ -89,10 +91,10 @@ def memory_of(
     per_token = costs.kv_bytes_per_token(spec, dtype, config.kv_dtype) // tp if spec else 0
     tokens = max(config.max_num_batched_tokens, config.max_num_seqs)
     activations = costs.activation_bytes(spec, dtype, tokens, config.max_num_seqs) if spec else 0
-    if on_cpu:
-        weights, activations = weights * dp, activations * dp
+    copies = dp if on_cpu else 1
+    weights, activations = weights * copies, activations * copies
     kv = config.kv_cache_bytes or int(config.kv_memory_fraction * max(free - weights - activations, 0))
-    return Memory(device, dtype, total, free, weights, activations, per_token, kv if per_token else 0, length)
+    return Memory(device, dtype, total, free, weights, activations, per_token, kv if per_token else 0, length, copies)
 
 
 def memory_notes(memory: Memory) -> list[str]:
@@ -104,9 +106,10 @@ def memory_notes(memory: Memory) -> list[str]:
             f"memory: {gb(memory.free_bytes)} of {memory.device} are free now, the model takes "
             f"{gb(memory.weight_bytes + memory.activation_bytes)}: close other programs"
         )
-    elif memory.kv_bytes_per_token and memory.kv_tokens < memory.max_model_len:
+    elif memory.kv_bytes_per_token and (held := memory.kv_tokens // memory.num_copies) < memory.max_model_len:
+        holder = "KV cache" if memory.num_copies == 1 else "KV cache of each copy of the model"
         notes.append(
-            f"KV cache: holds {memory.kv_tokens:,} tokens, fewer than max_model_len={memory.max_model_len:,}: a longer "
+            f"{holder}: holds {held:,} tokens, fewer than max_model_len={memory.max_model_len:,}: a longer "
             "request ends in an error; raise backend_config.kv_memory_fraction or kv_cache_bytes"
         )
     return notes

@@ -12,7 +12,7 @@ import queue
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -125,6 +125,7 @@ class Worker:
         """The next group, if it is time for it."""
         if not self.ready or self.in_flight:
             return
+        self._refuse_killers()
         self.isolating = bool(self.groups)
         if not self.groups:
             return
@@ -240,12 +241,10 @@ class Worker:
         return [r for r in requests if r.request_id in seen], [r for r in requests if r.request_id not in seen]
 
     def _convict(self, request: Request, reason: str) -> None:
-        """A request, and all samples of the same prompt among the suspects, get an error."""
-        prompt = tuple(request.token_ids)
-        self._killers[prompt] = ErrorInfo("engine_died", f"alone with this prompt, the engine's process {reason}")
-        same = [request, *(r for group in self.groups for r in group if tuple(r.token_ids) == prompt)]
-        self.groups = [kept for group in self.groups if (kept := [r for r in group if r not in same])]
-        self.finished += [_refused(r, self._killers[prompt]) for r in same]
+        """A request gets an error, and so will all others of the same prompt."""
+        error = ErrorInfo("engine_died", f"alone with this prompt, the engine's process {reason}")
+        self._killers[tuple(request.token_ids)] = error
+        self.finished.append(_refused(request, error))
         self._killers_in_a_row += 1
         if self._killers_in_a_row >= MAX_KILLERS_IN_A_ROW:
             raise EngineError(
@@ -253,6 +252,17 @@ class Worker:
                 "the other, each alone; expected an engine that gives any outcome on this machine; see run.log, or "
                 "choose another backend; finished rows are kept"
             )
+
+    def _refuse_killers(self) -> None:
+        """Give the suspects an error whose prompt ended a process, here or at another worker."""
+        if not self._killers:
+            return
+        groups = []
+        for group in self.groups:
+            kept, refused = _parted(group, self._killers)
+            self.finished += refused
+            groups += [kept] if kept else []
+        self.groups = groups
 
     def _shrink(self) -> bool:
         """Give the next process half the memory; False if it has been made small enough."""
@@ -355,12 +365,9 @@ class Workers:
         return held + len(self._backlog) + len(self._finished)
 
     def submit(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            error = self._killers.get(tuple(request.token_ids)) if self._killers else None
-            if error is None:
-                self._backlog.append(request)
-            else:
-                self._finished.append(_refused(request, error))
+        kept, refused = _parted(requests, self._killers)
+        self._backlog += kept
+        self._finished += refused
         self._dispatch()
 
     def step(self) -> list[Outcome]:
@@ -379,10 +386,15 @@ class Workers:
 
     def _receive(self) -> None:
         """Take what has come, or comes within POLL_S."""
+        num_killers, num_waiting = len(self._killers), len(self._backlog)
         for worker, number, message in self._arrived():
             self._backlog.extendleft(reversed(worker.take(number, message)))
         for worker in self._workers:
             self._backlog.extendleft(reversed(worker.watch()))
+        if len(self._killers) > num_killers or len(self._backlog) > num_waiting:
+            kept, refused = _parted(self._backlog, self._killers)
+            self._backlog = deque(kept)
+            self._finished += refused
 
     def _arrived(self) -> Iterator[tuple[Worker, int, Any]]:
         with contextlib.suppress(queue.Empty):
@@ -452,6 +464,22 @@ def _ending(status: int) -> str:
     if status < 0:
         return f"was ended by {signal.Signals(-status).name}"
     return f"ended with exit code {status}"
+
+
+def _parted(
+    requests: Iterable[Request], killers: Mapping[tuple[int, ...], ErrorInfo]
+) -> tuple[list[Request], list[Outcome]]:
+    """The requests whose prompt is none of the killers, and errors for the others."""
+    if not killers:
+        return list(requests), []
+    kept, refused = [], []
+    for request in requests:
+        error = killers.get(tuple(request.token_ids))
+        if error is None:
+            kept.append(request)
+        else:
+            refused.append(_refused(request, error))
+    return kept, refused
 
 
 def _refused(request: Request, error: ErrorInfo) -> Outcome:

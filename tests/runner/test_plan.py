@@ -701,5 +701,12 @@ def test_quantization_at_load_is_planned_for() -> None:
 def test_copies_of_the_model_on_one_processor_take_memory_each() -> None:
     one, two = (resolve(job(parallelism=ParallelismConfig(dp=dp)), checkpoint(), CPU, "generate") for dp in (1, 2))
     assert two.memory[0].weight_bytes == 2 * one.memory[0].weight_bytes
+    config = EngineConfig(kv_cache_bytes=10_000 * 131_072)  # of 10,000 tokens, and of 5,000 each
+    notes = [
+        resolve(job(parallelism=ParallelismConfig(dp=dp), backend_config=config), checkpoint(), CPU, "generate").notes
+        for dp in (1, 2)
+    ]
+    assert "KV cache" not in " ".join(notes[0])
+    assert "KV cache of each copy of the model: holds 5,000 tokens, fewer than max_model_len" in "\n".join(notes[1])
     elsewhere = resolve(planning(H200, parallelism=ParallelismConfig(dp=2)), checkpoint(), H200, "generate")
     assert "dp=2" in " ".join(missed(elsewhere, "triton"))

@@ -77,6 +77,24 @@ def test_all_samples_of_a_prompt_that_ends_the_process_are_one_error(tmp_path: P
     assert read_output(summary.folder).column("error_code").to_pylist() == [None, "engine_died", None]
 
 
+@pytest.mark.parametrize("dp", [1, 2])
+def test_a_prompt_that_ends_the_process_is_tried_no_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dp: int
+) -> None:
+    """Whatever waits of it: more samples than a step has, at several engines, and the same text in other rows."""
+    pids = tmp_path / "pids"
+    monkeypatch.setenv(faulty_engine.PIDS, str(pids))
+    texts = ["S" if i in (10, 30, 50) else f"row {i}" for i in range(60)]
+    spread = ParallelismConfig(dp=dp)
+    plan = plan_of(tmp_path, texts, 4, samples=64, window_rows=64, parallelism=spread)
+    summary = run(plan, loader=faulty_engine.load)
+    assert (summary.num_rows, summary.num_errors) == (60, 3)
+    codes = read_output(summary.folder).column("error_code").to_pylist()
+    assert [i for i, code in enumerate(codes) if code == "engine_died"] == [10, 30, 50]
+    # An engine dies of it in a step of 4, in one of 2 and alone; other engines may have been computing it as well.
+    assert len(pids.read_text().split()) <= dp + 4 * dp
+
+
 def test_retry_does_them_again(tmp_path: Path) -> None:
     run(plan_of(tmp_path, TEXTS), loader=faulty_engine.load)
     engine = FakeEngine()
