@@ -76,6 +76,9 @@ class Checkpoint:
     sentence: SentenceConfig | None = None
     """None when the folder has no modules.json."""
 
+    def __post_init__(self) -> None:
+        _check_counts(self.path, self.config)
+
     @property
     def dtype(self) -> str:
         """float32, float16, bfloat16 ...: what config.json says, else the float type that most bytes are in."""
@@ -146,14 +149,13 @@ def open_checkpoint(path: str, weights: bool = True) -> Checkpoint:
             f"{path}: has no config.json (it holds {_listing(folder)}); expected a model folder as Hugging Face's "
             "save_pretrained writes it; point at the folder that has config.json"
         )
-    _check_counts(folder, config)
     generation_config = _read_json(folder, "generation_config.json") or {}
     tensors = _tensors(folder) if weights else {}
     architecture = _architecture(folder, config)
     return Checkpoint(str(folder), config, architecture, generation_config, tensors, _sentence_config(folder))
 
 
-def _check_counts(folder: Path, config: dict[str, Any]) -> None:
+def _check_counts(folder: str, config: dict[str, Any]) -> None:
     """Numbers that code loops over, before any does."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         for key in COUNTS:

@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from engines import discover
-from engines.api import EngineConfig, SamplingParams
+from engines.api import CheckpointError, EngineConfig, SamplingParams
 from engines.checkpoint import Checkpoint, SentenceConfig, TensorInfo
 from engines.cpu.offers import Config as CpuConfig
 from engines.platform import Host
@@ -304,6 +304,9 @@ NAMES = [*ARCHITECTURES, "Gemma2ForCausalLM", "Phi3ForCausalLM", "BertModel", "M
 
 
 @settings(max_examples=300, deadline=None)
+@example(
+    changes={"num_hidden_layers": 1 << 40}, architecture="LlamaForCausalLM", kind="generate", known=True, host="sm70"
+)
 @given(
     changes=st.dictionaries(st.sampled_from(sorted(KEYS | {"n_positions"} - {"architectures"})), values, max_size=3),
     architecture=st.sampled_from(NAMES),
@@ -317,7 +320,7 @@ def test_no_config_json_ends_in_an_unnamed_exception(
     config = {**LLAMA, **changes, "architectures": [architecture]}
     try:
         plan = resolve(planning(HOSTS[host]), checkpoint(config), HOSTS[host], kind, known)
-    except RunnerError as error:
+    except (RunnerError, CheckpointError) as error:
         assert str(error).count(";") >= 1 or "\n" in str(error), str(error)
     else:
         assert any(verdict.accepted for verdict in plan.verdicts)
