@@ -223,7 +223,11 @@ def test_a_real_interrupt_before_the_job_begins(jobs: list[JobConfig], monkeypat
             time.sleep(0.05)
 
     monkeypatch.setattr(cli, "_run", interrupted)
-    assert cli.command_line(["name=x"]) == 75
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert cli.command_line(["name=x"]) == 75
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_credentials_of_a_sweep_are_not_recorded(jobs: list[JobConfig], capsys: pytest.CaptureFixture[str]) -> None:
