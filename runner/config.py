@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from engines import discover
 from engines.api import EngineConfig, SamplingParams, bounded
-from runner import schema
+from runner import parallel, schema
 from runner.errors import ConfigError
 from runner.schema import Key
 from runner.secrets import holds_secret, mask, mask_tree
@@ -60,7 +60,8 @@ class ParallelismConfig:
     dp: int = bounded(1, ge=1)
     """Data parallel: copies of the model, fed with different rows."""
     ep: int = bounded(1, ge=1)
-    """Expert parallel: devices that a layer's experts are spread over; divides tp * dp."""
+    """Expert parallel: devices that a layer's experts are spread over, of the tp * dp that there are; a divisor or a
+    multiple of tp."""
 
 
 @dataclass(frozen=True)
@@ -285,11 +286,6 @@ def task_modules() -> dict[str, Any]:
     return {name: module for name, module in discover.modules("runner.tasks").items() if hasattr(module, "Config")}
 
 
-def devices_used(parallelism: ParallelismConfig) -> int:
-    """Devices that a job takes: tp for each of dp copies. Experts are spread over these same devices (ep adds none)."""
-    return parallelism.tp * parallelism.dp
-
-
 def combinations(job: JobConfig, kind: str | None) -> list[str]:
     """What is wrong with values that are each sound, a line for each finding. kind: what the task asks of an engine."""
     return [*_model_findings(job), *_sampling_findings(job, kind), *_output_findings(job), *_run_findings(job)]
@@ -357,9 +353,7 @@ def _run_findings(job: JobConfig) -> Iterator[str]:
             f"shard.index: {job.shard.index}; expected less than shard.count, which is {job.shard.count} (the first is "
             "0); correct it"
         )
-    devices = devices_used(job.parallelism)
-    if devices % job.parallelism.ep:
-        yield f"parallelism.ep: {job.parallelism.ep}; expected a divisor of tp * dp, which is {devices}; correct it"
+    yield from parallel.findings(job.parallelism.tp, job.parallelism.dp, job.parallelism.ep)
     for key in schema.keys(ParallelismConfig):
         value = getattr(job.parallelism, key.name)
         if value > 1 and key.name != "dp" and job.mode != "plan":

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from engines.api import EngineConfig, SamplingParams
 from engines.cpu.offers import Config as CpuConfig
 from runner import config, schema
-from runner.config import JobConfig, ParallelismConfig, TaskConfig, devices_used, load, resolve_path, to_yaml
+from runner.config import JobConfig, TaskConfig, load, resolve_path, to_yaml
 from runner.docs import FOLDER, configuration
 from runner.errors import ConfigError
 from runner.secrets import mask
@@ -185,7 +185,7 @@ MESSAGES = [
     ({"shard__index": 4, "shard__count": 4}, "shard.index: 4; expected less than shard.count, which is 4", ""),
     (
         {"parallelism__tp": 2, "parallelism__ep": 4, "mode": "plan"},
-        "parallelism.ep: 4; expected a divisor of tp * dp, which is 2; correct it",
+        "parallelism.ep: 4; expected a divisor of tp * dp = 2 * 1 = 2, the devices that experts are spread over;",
         "",
     ),
     ({"parallelism__tp": 2}, "parallelism.tp: 2 is not available yet; expected 1; set parallelism=single, or mode", ""),
@@ -231,15 +231,6 @@ def test_missing_groups_are_named() -> None:
         load(OmegaConf.create({"name": "x"}))
     lines = str(caught.value).splitlines()
     assert [line.split(":")[0] for line in lines] == ["model", "dataset", "task", "sampling", "backend_config"]
-
-
-@pytest.mark.parametrize(("tp", "dp", "ep", "expected"), [(1, 1, 1, 1), (2, 1, 1, 2), (2, 4, 8, 8), (8, 1, 8, 8)])
-def test_devices_used(tp: int, dp: int, ep: int, expected: int) -> None:
-    assert devices_used(ParallelismConfig(tp, dp, ep)) == expected
-
-
-def test_parallelism_can_be_planned_for() -> None:
-    assert devices_used(job(parallelism={"tp": 4, "dp": 2, "ep": 8}, mode="plan").parallelism) == 8
 
 
 def test_saved_configuration_is_the_same_job_again() -> None:

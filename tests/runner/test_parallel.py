@@ -1,0 +1,76 @@
+"""How many devices a job takes, and which of them does what."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from engines.parallel.place import Place
+from runner.parallel import Layout, findings
+
+
+@pytest.mark.parametrize(
+    ("tp", "dp", "ep", "devices", "engines"),
+    [
+        (1, 1, 1, 1, 1),
+        (2, 1, 1, 2, 1),
+        (2, 2, 1, 4, 2),
+        (2, 2, 4, 4, 1),
+        (2, 4, 4, 8, 2),
+        (8, 1, 8, 8, 1),
+        (1, 4, 4, 4, 1),
+    ],
+)
+def test_devices_and_engines(tp: int, dp: int, ep: int, devices: int, engines: int) -> None:
+    layout = Layout(tp, dp, ep)
+    assert not list(findings(tp, dp, ep))
+    assert (layout.num_devices, layout.num_engines) == (devices, engines)
+
+
+@pytest.mark.parametrize(
+    ("tp", "dp", "ep", "message"),
+    [
+        (2, 2, 3, "parallelism.ep: 3; expected a divisor of tp * dp = 2 * 2 = 4, the devices"),
+        (2, 1, 4, "parallelism.ep: 4; expected a divisor of tp * dp = 2 * 1 = 2"),
+        (6, 2, 4, "parallelism.ep: 4; expected a divisor of tp, or a multiple of it: 6 / 4 leaves 2"),
+        (4, 3, 6, "parallelism.ep: 6; expected a multiple of tp, as copies of the model share experts as a whole: 6 / 4 leaves 2"),
+    ],
+)  # fmt: skip
+def test_sizes_that_do_not_go_together(tp: int, dp: int, ep: int, message: str) -> None:
+    assert message in "\n".join(findings(tp, dp, ep))
+
+
+def test_what_each_of_four_devices_does() -> None:
+    layout = Layout(2, 2, 4)
+    assert [layout.place(device) for device in range(4)] == [(0, Place(rank, 2, 4)) for rank in range(4)]
+    assert [layout.place(device)[1].copy for device in range(4)] == [0, 0, 1, 1]
+    assert [layout.place(device)[1].tp_rank for device in range(4)] == [0, 1, 0, 1]
+    assert [layout.place(device)[1].experts(8) for device in range(4)] == [
+        range(0, 2), range(2, 4), range(4, 6), range(6, 8),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", [s for s in itertools.product((1, 2, 3, 4, 8), repeat=3) if not list(findings(*s))])
+def test_every_part_has_one_holder_in_each_copy(sizes: tuple[int, int, int]) -> None:
+    """Heads, vocabulary and experts' features of each engine: nothing is missing, nothing is there twice."""
+    layout = Layout(*sizes)
+    by_engine: dict[int, list[Place]] = {}
+    for device in range(layout.num_devices):
+        engine, place = layout.place(device)
+        by_engine.setdefault(engine, []).append(place)
+    assert len(by_engine) == layout.num_engines
+    for places in by_engine.values():
+        experts = [(e, f) for place in places for e in place.experts(24) for f in place.expert_features(48)]
+        assert sorted(experts) == list(itertools.product(range(24), range(48)))
+        for copy in range(places[0].num_copies):
+            members = [place for place in places if place.copy == copy]
+            for total in (24, 151, 4099):
+                assert [i for place in members for i in place.split(total)] == list(range(total))
+            for kv_heads in (1, 2, 24):
+                if kv_heads % layout.tp and layout.tp % kv_heads:
+                    continue
+                for place in members:
+                    group = 48 // kv_heads
+                    assert {head // group for head in place.split(48)} == set(place.kv_heads(kv_heads))
+    assert layout.num_devices == layout.tp * layout.dp
