@@ -12,9 +12,9 @@ from engines.parallel.place import Place
 class Layout:
     """tp * dp devices, in engines of max(tp, ep) devices each.
 
-    A copy of the model takes tp devices, and dp copies take tp * dp: ep adds none, as experts are spread over the same
-    devices. With ep <= tp each copy has its own experts, and is an engine. With ep > tp, ep / tp copies share one set of
-    experts, and are one engine: tp=2, dp=2, ep=4 is one engine of 4 devices, tp=2, dp=4, ep=4 two of them.
+    A copy of the model takes tp devices, dp copies take tp * dp. ep adds none, as experts are spread over the same
+    devices. With ep <= tp each copy has experts of its own and is an engine. With ep > tp, ep / tp copies share one set
+    of experts and are one engine: tp=2, dp=2, ep=4 is one engine of 4 devices; tp=2, dp=4, ep=4 is two.
     """
 
     tp: int
