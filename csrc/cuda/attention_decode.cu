@@ -5,7 +5,7 @@
 namespace cuda_ops {
 
 void launch_decode(ScalarType type, int head_dim, int grid_x, const Place& place, const AttentionParams& params) {
-  with_half(type, [&]<class Tagged>(Tagged) {
+  with_half(type, "q", [&]<class Tagged>(Tagged) {
     with_head_dim(head_dim, [&](auto size) {
       using Shape = DecodeShape<size.value>;
       const dim3 grid(static_cast<unsigned>(grid_x), static_cast<unsigned>(params.num_kv_heads * params.row_tiles));

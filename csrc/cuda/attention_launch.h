@@ -36,10 +36,4 @@ template <class Function> void with_head_dim(int head_dim, const Function& funct
 #undef CUDA_OPS_NAME
 }
 
-template <class Function> void with_half(ScalarType type, const Function& function) {
-  if (type == ScalarType::BFloat16) return function(Tag<bf16>{});
-  STD_TORCH_CHECK(type == ScalarType::Half, "q: expected float16 or bfloat16");
-  function(Tag<fp16>{});
-}
-
 }  // namespace cuda_ops

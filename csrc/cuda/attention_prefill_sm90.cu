@@ -23,7 +23,7 @@ void run(int64_t num_blocks, int64_t num_tokens, const Place& place, const Atten
 
 void launch_prefill_sm90(ScalarType type, int head_dim, int64_t num_blocks, int64_t num_tokens, const Place& place,
                          const AttentionParams& params) {
-  with_half(type, [&]<class Tagged>(Tagged) {
+  with_half(type, "q", [&]<class Tagged>(Tagged) {
     using T = typename Tagged::type;
     if (head_dim == 64) return run<T, 64>(num_blocks, num_tokens, place, params);
     run<T, 128>(num_blocks, num_tokens, place, params);

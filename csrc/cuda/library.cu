@@ -27,7 +27,7 @@ extern "C" __attribute__((visibility("default"), used)) const char cuda_ops_tabl
     "write_kv head_dim any\n"
     "act_and_mul dtype" CUDA_OPS_FLOATS
     "act_and_mul activation silu gelu gelu_tanh relu\n"
-    "linear weights w4a16\n"
+    "linear weights w4a16 w8a8 mxfp4\n"
     "softcap dtype" CUDA_OPS_FLOATS
     "sample dtype float32\n"
     "apply_penalties dtype float32\n"

@@ -69,6 +69,16 @@ template <> __device__ __forceinline__ uint32_t subtract_pairs<fp16>(uint32_t a,
   return reinterpret_cast<const uint32_t&>(d);
 }
 
+template <class T> __device__ __forceinline__ uint32_t multiply_pairs(uint32_t a, uint32_t b);
+template <> __device__ __forceinline__ uint32_t multiply_pairs<bf16>(uint32_t a, uint32_t b) {
+  const __nv_bfloat162 d = __hmul2(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+  return reinterpret_cast<const uint32_t&>(d);
+}
+template <> __device__ __forceinline__ uint32_t multiply_pairs<fp16>(uint32_t a, uint32_t b) {
+  const __half2 d = __hmul2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+  return reinterpret_cast<const uint32_t&>(d);
+}
+
 // a * b and a + b as they are written: no fused multiply-add.
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
@@ -109,6 +119,7 @@ __device__ __forceinline__ int atomic_add(int* at, int value) { return atomicAdd
 __device__ __forceinline__ void fence() { __threadfence(); }
 // Reads what other blocks wrote, past the first-level cache.
 __device__ __forceinline__ float load_shared_by_blocks(const float* from) { return __ldcg(from); }
+__device__ __forceinline__ int load_shared_by_blocks(const int* from) { return __ldcg(from); }
 
 // ---- tensor cores ----
 
@@ -141,6 +152,14 @@ __device__ __forceinline__ void multiply_add<fp16>(float (&d)[4], const uint32_t
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// d += a b for a of 16x32 and b of 32x8, signed 8-bit integers, exact unless int32 overflows. As above, four values in a
+// register: columns 4 * (l % 4) + 16 * (i / 2) and the next of a, rows 4 * (l % 4) + 16 * i and the next of b.
+__device__ __forceinline__ void multiply_add_int8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3]) : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
 // ---- host ----

@@ -23,12 +23,10 @@ template <class Function> void with_float(const Tensor& tensor, const char* name
   }
 }
 
-template <class Function> void with_half(const Tensor& tensor, const char* name, const Function& function) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::BFloat16: return function(Tag<bf16>{});
-    case ScalarType::Half: return function(Tag<fp16>{});
-    default: STD_TORCH_CHECK(false, name, ": expected float16 or bfloat16");
-  }
+template <class Function> void with_half(ScalarType type, const char* name, const Function& function) {
+  if (type == ScalarType::BFloat16) return function(Tag<bf16>{});
+  STD_TORCH_CHECK(type == ScalarType::Half, name, ": expected float16 or bfloat16");
+  function(Tag<fp16>{});
 }
 
 inline void check_dense_rows(const Tensor& x, int64_t dims, const char* name) {

@@ -17,11 +17,11 @@ class Config(EngineConfig):
 
 MINIMUM = (8, 0)
 DTYPES = one_of("float32", "bfloat16", "float16")
-DEQUANTIZED = frozenset({"w2a16", "w8a16", "fp8", "mxfp4"})
+DEQUANTIZED = frozenset({"w2a16", "w8a16", "fp8"})
 """Weights that become dense at load: there is no kernel for them."""
 QUANTIZED: dict[str, Allowed] = {
-    "quantization": one_of("awq", "gptq", "compressed-tensors", "fp8", "mxfp4"),
-    "weights": one_of("w4a16", *sorted(DEQUANTIZED)),
+    "quantization": one_of("awq", "gptq", "compressed-tensors", "fp8", "mxfp4", "int8"),
+    "weights": one_of("w4a16", "w8a8", "mxfp4", *sorted(DEQUANTIZED)),
     "bits": one_of(2, 4, 8),
     "group_size": Allowed(values=(-1, 32), ge=64, multiple_of=64),
     "sym": YES,

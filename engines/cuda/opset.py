@@ -10,10 +10,10 @@ from torch import Tensor
 
 from engines import extension, ops
 from engines.batch import Batch
-from engines.cuda.quantized import W4Weight, pack_w4
+from engines.cuda.quantized import PackedWeight, pack
 from engines.ops.kv_cache import KVCache
 from engines.ops.linear import LinearWeight
-from engines.ops.quantized import GroupedIntWeight, QuantizedWeight
+from engines.ops.quantized import QuantizedWeight
 from engines.ops.sampling import SamplingBatch
 
 COUNTERS = 1 << 16
@@ -77,30 +77,29 @@ class OpSet(ops.OpSet):
         return result
 
     def prepare_quantized(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> LinearWeight:
-        """4-bit codes stay 4 bits where the kernel takes them (quantized.pack_w4); the others as the reference."""
-        packed = pack_w4(weight) if isinstance(weight, GroupedIntWeight) and dtype in HALVES else None
+        """Weights stay as small as they are where a kernel takes them (quantized.pack); the others as the reference."""
+        packed = pack(weight) if dtype in HALVES else None
         if packed is None:
             return super().prepare_quantized(weight, bias, dtype)
         return LinearWeight(packed, bias, weight.shape[1], weight.shape[0])
 
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
-        """As the reference. 4-bit weights are not rounded: codes less zeros are exact, a group's sum times its scale is
-        float32. A token's bits do not depend on the batch."""
-        if not isinstance(weight.data, W4Weight):
-            return super().linear(x, weight)
+        """As the reference. 4-bit weights are not rounded: codes (less zeros) are exact, a group's sum times its scale
+        is float32. A token's bits do not depend on the batch."""
         packed = weight.data
+        if not isinstance(packed, PackedWeight):
+            return super().linear(x, weight)
         if packed.permutation is not None:
             x = x.index_select(1, packed.permutation)
-        elif x.data_ptr() % 16 or (x.shape[0] > 1 and x.stride(0) % 8) or x.stride(1) != 1:
-            x = x.clone(memory_format=torch.contiguous_format)
-        result: Tensor = torch.ops.cuda_ops.w4a16_linear(
-            x,
+        result: Tensor = torch.ops.cuda_ops.linear(
+            _aligned(x),
+            packed.format,
             packed.codes,
-            packed.groups,
-            weight.bias,
+            packed.scales,
+            None if weight.bias is None else weight.bias[None],
+            packed.input_scale,
             self._counters(x.device),
             weight.out_features,
-            packed.scales_are_bf16,
         )
         return result
 
@@ -156,3 +155,10 @@ def _even(q: Tensor) -> bool:
     """Whether every head begins where 4 bytes do, as the kernels load it."""
     strides = (stride for size, stride in zip(q.shape[:2], q.stride()[:2], strict=True) if size > 1)
     return q.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in strides)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x, or a copy of it whose rows begin where 16 bytes do."""
+    if x.data_ptr() % 16 or (x.shape[0] > 1 and x.stride(0) % 8) or x.stride(1) != 1:
+        return x.clone(memory_format=torch.contiguous_format)
+    return x

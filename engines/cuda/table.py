@@ -28,7 +28,7 @@ write_kv dtype float32 bfloat16 float16
 write_kv head_dim any
 act_and_mul dtype float32 bfloat16 float16
 act_and_mul activation silu gelu gelu_tanh relu
-linear weights w4a16
+linear weights w4a16 w8a8 mxfp4
 softcap dtype float32 bfloat16 float16
 sample dtype float32
 apply_penalties dtype float32

@@ -19,7 +19,7 @@ from tests.cases import Case, call, convert
 from tests.compare import assert_as_exact, assert_bitwise_equal
 from tests.engines.cuda.cases import compiled
 from tests.engines.cuda.test_quantized import CASES as W4_CASES
-from tests.engines.cuda.test_quantized import multiply
+from tests.engines.cuda.test_quantized import SIZES, exponents_of, integers_of, multiply
 
 ORDERS = ("forward", "reverse", "random:1", "warp:1", "warp:2")
 LENGTHS = (1500, 513, 512, 2049, 700, 100, 1030, 3, 512, 600, 20, 90, 33)
@@ -57,7 +57,7 @@ def main(library: str, names: list[str]) -> None:
 
 
 def products(library: str) -> None:
-    """The same for products with 4-bit weights."""
+    """The same for products with packed weights of more than one split, or tile of tokens."""
     torch.use_deterministic_algorithms(True)
     ops = OpSet(Path(library))
     for case in W4_CASES:
@@ -66,6 +66,14 @@ def products(library: str) -> None:
             os.environ.update(EMULATOR_ORDER=order, EMULATOR_COPIES=copies)
             found, exact, plain = multiply(ops, case, torch.bfloat16)
             assert_as_exact(found, exact, plain)
+            first = found if first is None else first
+            assert_bitwise_equal(found, first)
+    for (rows, columns, tokens), make in itertools.product(SIZES, (exponents_of, integers_of)):
+        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1)).bfloat16()
+        first = None
+        for order, copies in itertools.product(ORDERS, ("early", "late")):
+            os.environ.update(EMULATOR_ORDER=order, EMULATOR_COPIES=copies)
+            found = ops.linear(x, ops.prepare_quantized(make(rows, columns), None, torch.bfloat16))
             first = found if first is None else first
             assert_bitwise_equal(found, first)
 

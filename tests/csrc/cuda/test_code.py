@@ -53,7 +53,15 @@ def test_the_tensor_cores_of_sm_90_are_asked_for_without_serialization(compiled:
         ("attention_decode", "sm_80", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.MT88\.4")),
         ("attention_decode", "sm_90a", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128")),
         ("attention_prefill", "sm_80", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128")),
-        ("linear_w4a16", "sm_90a", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"LDS\.128", "LOP3")),
+        ("product_w4", "sm_90a", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"LDS\.128", "LOP3")),
+        (
+            "product_mxfp4",
+            "sm_90a",
+            (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"HMUL2\.BF16"),
+        ),
+        ("product_int8", "sm_80", (r"IMMA\.16832\.S8\.S8", r"LDGSTS\.E\.BYPASS\.128", r"LDS\.128")),
+        ("product_int8", "sm_90a", (r"IMMA\.16832\.S8\.S8", r"LDGSTS\.E\.BYPASS\.128", r"LDS\.128")),
+        ("linear", "sm_90a", (r"LDG\.E\.128", r"STG\.E\.64")),
         ("elementwise", "sm_90a", (r"LDG\.E\.128", r"STG\.E\.128")),
     ),
 )

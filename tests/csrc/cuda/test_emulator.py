@@ -27,13 +27,14 @@ UNSEEN = {
     ("attention_decode.cuh", 1): "emulated lanes meet in the exchange of load_matrices anyway",
     ("attention_decode.cuh", 4): "no order here keeps a warp waiting until all other blocks have finished",
     ("attention_decode.cuh", 5): "what lies in is_last before means yes: rows are stored twice, the right ones last",
-    ("linear_w4a16.cuh", 5): "the same",
 }
 """Barriers that the GPU needs and the emulator does not miss."""
 OPS_OF = {
     "attention": ["paged_attention"],
     "elementwise": ["rms_norm", "add_rms_norm"],
-    "linear": ["linear"],
+    "product": ["linear"],
+    "quantize": ["linear"],
+    "splits": ["linear"],
     "sampling": ["sample"],
 }
 

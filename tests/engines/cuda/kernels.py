@@ -15,7 +15,7 @@ from torch import Tensor
 from engines.batch import Batch
 from engines.cuda.opset import OpSet
 from engines.ops.kv_cache import KVCache
-from engines.ops.quantized import GroupedIntWeight
+from engines.ops.quantized import GroupedIntWeight, Int8Weight
 from engines.ops.sampling import SamplingBatch
 
 BF16 = torch.bfloat16
@@ -77,7 +77,7 @@ def _prefill(ops: OpSet, device: torch.device, small: bool) -> Work:
     return attention(70, [70])(ops, device) if small else attention(8192, [8192])(ops, device)
 
 
-def _product(tokens: int) -> Callable[[OpSet, torch.device, bool], Work]:
+def _w4a16(tokens: int) -> Callable[[OpSet, torch.device, bool], Work]:
     def make(ops: OpSet, device: torch.device, small: bool) -> Work:
         rows, columns = (128, 256) if small else (14336, 4096)
         groups = (rows, columns // 128)
@@ -93,6 +93,19 @@ def _product(tokens: int) -> Callable[[OpSet, torch.device, bool], Work]:
         # The floor: 4 bits a weight, 16 bits of scale and 4 of zero a group.
         moved = rows * columns / 2 + rows * columns / 128 * 2.5 + 2 * tokens * (rows + columns)
         return Work(lambda: ops.linear(x, prepared), moved, 2 * tokens * rows * columns)
+
+    return make
+
+
+def _w8a8(tokens: int) -> Callable[[OpSet, torch.device, bool], Work]:
+    def make(ops: OpSet, device: torch.device, small: bool) -> Work:
+        rows, columns = (128, 256) if small else (14336, 4096)
+        data = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device=device)
+        prepared = ops.prepare_quantized(Int8Weight(data, torch.rand(rows, device=device)), None, BF16)
+        x = torch.randn(min(tokens, 130) if small else tokens, columns, dtype=BF16, device=device)
+        moved = rows * columns + 2 * len(x) * (rows + columns)
+        # Counted as bfloat16 products: those of 8 bits have twice the rate.
+        return Work(lambda: ops.linear(x, prepared), moved, len(x) * rows * columns)
 
     return make
 
@@ -144,14 +157,18 @@ def _sample(ops: OpSet, device: torch.device, small: bool) -> Work:
 
 _ATTENTION = ("attention.h", "attention.cuh", "attention.cu", "primitives.cuh")
 _ELEMENTWISE = ("elementwise.cuh", "elementwise.cu", "primitives.cuh")
-_W4A16 = ("linear_w4a16.h", "linear_w4a16.cuh", "linear_w4a16.cu", "primitives.cuh")
+_PRODUCT = ("product.h", "product_formats.cuh", "product.cuh", "splits.cuh", "linear.cu", "primitives.cuh")
+_W4A16 = (*_PRODUCT, "product_w4.cu")
+_W8A8 = (*_PRODUCT, "product_int8.cu", "quantize.cuh")
 _SM90 = ("attention_prefill.cuh", "attention_prefill_sm90.cuh", "attention_prefill_sm90.cu", "primitives_sm90.cuh")
 KERNELS = (
     Kernel("decode attention, 64 x 4096", (*_ATTENTION, "attention_decode.cuh"), _decode, 0.85),
     Kernel("prefill attention, 8192 causal", (*_ATTENTION, *_SM90), _prefill, 0.45),
-    Kernel("w4a16 4096 x 14336, batch 1", _W4A16, _product(1), 0.80),
-    Kernel("w4a16 4096 x 14336, batch 16", _W4A16, _product(16), 0.80),
-    Kernel("w4a16 4096 x 14336, batch 64", _W4A16, _product(64), 0.70),
+    Kernel("w4a16 4096 x 14336, batch 1", _W4A16, _w4a16(1), 0.80),
+    Kernel("w4a16 4096 x 14336, batch 16", _W4A16, _w4a16(16), 0.80),
+    Kernel("w4a16 4096 x 14336, batch 64", _W4A16, _w4a16(64), 0.70),
+    Kernel("w8a8 4096 x 14336, batch 16", _W8A8, _w8a8(16), 0.75),
+    Kernel("w8a8 4096 x 14336, batch 8192", _W8A8, _w8a8(8192), 0.40),
     Kernel("add_rms_norm 8192 x 4096", _ELEMENTWISE, _norm, 0.85),
     Kernel("act_and_mul 8192 x 14336", _ELEMENTWISE, _gate, 0.85),
     Kernel("rope 8192 x 40 heads", _ELEMENTWISE, _rope, 0.80),

@@ -26,6 +26,9 @@ def test_every_kernel_source_is_timed() -> None:
     shared = {
         "tensors.h",
         "attention_launch.h",
+        "product_launch.h",
+        "product_dense.cu",
+        "product_mxfp4.cu",
         "attention_decode.cu",
         "attention_prefill.cu",
         "library.cu",

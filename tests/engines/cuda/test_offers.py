@@ -16,6 +16,11 @@ from engines.platform import Host
 
 H200 = Host("this", "cuda", compute_capability=(9, 0), extensions=frozenset({"cuda"}))
 H200_DESCRIBED = replace(H200, name="h200")
+W8A8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "config_groups": {"group_0": {"weights": {"num_bits": 8}, "input_activations": {"num_bits": 8, "dynamic": True}}},
+}
 LLAMA = DecoderSpec(100, 512, 128, 2, 8, 2, 64, 512, RopeSpec())
 
 
@@ -95,6 +100,7 @@ def test_encoders_are_not_offered() -> None:
         ({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False}, []),
         ({"quant_method": "gptq", "bits": 8, "group_size": -1}, []),
         ({"quant_method": "gptq", "bits": 4, "group_size": 96}, ["linear group_size=96: cuda offers "]),
+        (W8A8, []),
         ({"quant_method": "bitsandbytes"}, ["linear quantization=bitsandbytes: cuda offers "]),
     ),
 )
@@ -103,11 +109,11 @@ def test_weights_that_the_kernel_takes_are_offered(config: dict[str, Any], misse
     found = difference(needed, offers.offers(H200_DESCRIBED))
     assert len(found) == len(missed)
     assert all(text.startswith(begin) for text, begin in zip(found, missed, strict=True))
-    assert "w4a16" not in offers.offers(H200_DESCRIBED).dequantized
+    assert not {"w4a16", "w8a8", "mxfp4"} & offers.offers(H200_DESCRIBED).dequantized
 
 
 def test_a_library_without_the_product_takes_dense_weights_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "read", lambda: table.FULL.replace("linear weights w4a16\n", ""))
+    monkeypatch.setattr(table, "read", lambda: table.FULL.replace("linear weights w4a16 w8a8 mxfp4\n", ""))
     needed = requirements(LLAMA, "bfloat16", "generate", quantization_attributes({"quant_method": "awq", "bits": 4}))
     assert difference(needed, offers.offers(H200)) == [
         "linear quantization=awq: cuda offers unquantized weights only",

@@ -1,4 +1,4 @@
-"""Products with 4-bit weights: packing, and the emulated kernel against weights that were not rounded."""
+"""Products with packed weights: packing, and the emulated kernels against weights that were not rounded."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from engines.cuda.opset import OpSet
-from engines.cuda.quantized import W4Weight, pack_w4
-from engines.ops.quantized import GroupedIntWeight
+from engines.cuda.quantized import PackedWeight, in_lane_order, pack
+from engines.ops import OpSet as Reference
+from engines.ops.quantized import GroupedIntWeight, Int8Weight, MXFP4Weight
 from tests.compare import assert_as_exact, assert_bitwise_equal
 
 
@@ -61,7 +62,7 @@ def multiply(ops: OpSet, case: W4Case, dtype: torch.dtype) -> tuple[Tensor, Tens
     """(what the op set makes of a case, the exact result, that of weights rounded to dtype)."""
     weight, (x, bias) = case.weight(), case.inputs(dtype)
     prepared = ops.prepare_quantized(weight, bias, dtype)
-    assert isinstance(prepared.data, W4Weight)
+    assert isinstance(prepared.data, PackedWeight)
     exact = functional.linear(x.double(), weight.dequantize(torch.float32).double(), bias.double())
     return ops.linear(x, prepared), exact, functional.linear(x, weight.dequantize(dtype), bias)
 
@@ -92,7 +93,7 @@ def test_a_token_has_the_bits_that_it_has_alone(ops: OpSet) -> None:
     ids=("8 bits", "columns", "group", "scales"),
 )
 def test_other_weights_are_left_to_the_reference(ops: OpSet, weight: GroupedIntWeight) -> None:
-    assert pack_w4(weight) is None
+    assert pack(weight) is None
     prepared = ops.prepare_quantized(weight, None, torch.bfloat16)
     assert_bitwise_equal(prepared.data, weight.dequantize(torch.bfloat16))
     x = torch.randn(3, weight.shape[1]).bfloat16()
@@ -104,13 +105,13 @@ def test_float32_inputs_take_dequantized_weights(ops: OpSet) -> None:
     assert isinstance(prepared.data, Tensor)
 
 
-def test_every_code_has_its_place() -> None:
-    """From the words back to the codes, by the rule that csrc/cuda/linear_w4a16.h states."""
+def test_every_4_bit_code_has_its_place() -> None:
+    """From the words back to the codes, by the rule that csrc/cuda/product.h states."""
     weight = W4Case(128, 128, 64, 1).weight()
-    packed = pack_w4(weight)
+    packed = pack(weight)
     assert packed is not None
     found = torch.zeros_like(weight.codes)
-    words = packed.codes.long() & 0xFFFFFFFF
+    words = packed.codes[0, :, :, 0].long() & 0xFFFFFFFF
     for lane in range(32):
         for word in range(4):
             for j in range(4):
@@ -119,3 +120,78 @@ def test_every_code_has_its_place() -> None:
                     column = word * 16 + lane % 4 * 2 + 8 * (j // 2) + p
                     found[row::16, column::64] = ((words[:, :, lane, word] >> 4 * (j + 4 * p)) & 15).to(torch.uint8)
     assert_bitwise_equal(found, weight.codes)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.int8), ids=str)
+def test_every_value_has_its_place(dtype: torch.dtype) -> None:
+    weight = torch.randint(-100, 100, (130, 72), generator=torch.Generator().manual_seed(0)).to(dtype)
+    words = in_lane_order(weight)
+    size = dtype.itemsize
+    values = words.view(dtype).unflatten(-1, (4, 4 // size))  # tile, chunk, quarter, lane, word, value
+    assert values.shape == (16, -(-72 * size // 128), 4, 32, 4, 4 // size)
+    for row, column in ((0, 0), (129, 71), (7, 70), (24, 33), (100, 40), (13, 5)):
+        chunk, byte = divmod(column * size, 128)
+        lane, word = row % 8 * 4 + byte % 16 // 4, row % 16 // 8 + 2 * (byte % 32 // 16)
+        found = values[row // 16, chunk, byte // 32, lane, word, byte % 4 // size]
+        assert found == weight[row, column]
+    assert int((values != 0).sum()) == int((weight != 0).sum())
+
+
+SIZES = ((100, 2080, 17), (130, 96, 70), (16, 416, 130))
+"""(out_features, in_features, num_tokens): several splits, a chunk that is not full, tiles of 128 tokens."""
+
+
+def exponents_of(out_features: int, in_features: int) -> MXFP4Weight:
+    """Codes of all values; powers down to 2^-127."""
+    generator = torch.Generator().manual_seed(3)
+    exponents = torch.randint(110, 135, (out_features, in_features // 32), generator=generator)
+    exponents[:4] = 0
+    codes = torch.randint(0, 256, (out_features, in_features // 2), generator=generator)
+    return MXFP4Weight(codes.to(torch.uint8), exponents.to(torch.uint8))
+
+
+def integers_of(out_features: int, in_features: int, static: bool = False) -> Int8Weight:
+    generator = torch.Generator().manual_seed(4)
+    data = torch.randint(-128, 128, (out_features, in_features), generator=generator).to(torch.int8)
+    scales = (torch.rand(out_features, generator=generator) + 0.5) / 100
+    return Int8Weight(data, scales, torch.tensor(0.02) if static else None)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize(("rows", "columns", "tokens"), SIZES)
+def test_products_with_mxfp4_weights(ops: OpSet, rows: int, columns: int, tokens: int, dtype: torch.dtype) -> None:
+    weight = exponents_of(rows, columns)
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+    prepared = ops.prepare_quantized(weight, None, dtype)
+    assert isinstance(prepared.data, PackedWeight)
+    exact = functional.linear(x.double(), weight.dequantize(torch.float32).double())
+    plain = functional.linear(x.float(), weight.dequantize(torch.float32)).to(dtype)
+    assert_as_exact(ops.linear(x, prepared), exact, plain)
+
+
+@pytest.mark.parametrize("static", (False, True))
+@pytest.mark.parametrize(("rows", "columns", "tokens"), SIZES)
+def test_products_with_8_bit_integers_have_the_bits_of_the_reference(
+    ops: OpSet, rows: int, columns: int, tokens: int, static: bool
+) -> None:
+    """Integers are summed exactly, however they are split."""
+    weight = integers_of(rows, columns, static)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(tokens, columns, generator=generator).bfloat16()
+    x[1] = 0.0
+    bias = torch.randn(rows, generator=generator).bfloat16()
+    prepared = ops.prepare_quantized(weight, bias, torch.bfloat16)
+    assert isinstance(prepared.data, PackedWeight)
+    plain = Reference()
+    expected = plain.linear(x, plain.prepare_quantized(weight, bias, torch.bfloat16))
+    assert_bitwise_equal(ops.linear(x, prepared), expected)
+
+
+def test_an_input_that_is_no_number_makes_its_token_none(ops: OpSet) -> None:
+    weight = integers_of(16, 64)
+    prepared = ops.prepare_quantized(weight, None, torch.bfloat16)
+    x = torch.ones(3, 64).bfloat16()
+    x[1, 5] = float("nan")
+    found = ops.linear(x, prepared)
+    assert found.isnan().all(1).tolist() == [False, True, False]
+    assert not found[::2].isnan().any()

@@ -38,11 +38,14 @@ inline float bits_float(uint32_t x) { return std::bit_cast<float>(x); }
 
 inline float exp2_fast(float x) { return std::exp2(x); }
 inline float half_bits_to_float(uint16_t bits) { return to_float(fp16{bits}); }
+template <class T> float half_of(uint32_t both, int which) {
+  return to_float(std::bit_cast<T>(static_cast<uint16_t>(both >> 16 * which)));
+}
 template <class T> uint32_t subtract_pairs(uint32_t a, uint32_t b) {
-  const auto half = [](uint32_t both, int which) {
-    return to_float(std::bit_cast<T>(static_cast<uint16_t>(both >> 16 * which)));
-  };
-  return pack<T>(half(a, 0) - half(b, 0), half(a, 1) - half(b, 1));
+  return pack<T>(half_of<T>(a, 0) - half_of<T>(b, 0), half_of<T>(a, 1) - half_of<T>(b, 1));
+}
+template <class T> uint32_t multiply_pairs(uint32_t a, uint32_t b) {
+  return pack<T>(half_of<T>(a, 0) * half_of<T>(b, 0), half_of<T>(a, 1) * half_of<T>(b, 1));
 }
 inline float multiply(float a, float b) { volatile float c = a * b; return c; }
 inline float add(float a, float b) { volatile float c = a + b; return c; }
@@ -73,7 +76,7 @@ template <int N> void copy_wait() {
 
 inline int atomic_add(int* at, int value) { return std::exchange(*at, *at + value); }
 inline void fence() {}
-inline float load_shared_by_blocks(const float* from) { return *from; }
+template <class T> T load_shared_by_blocks(const T* from) { return *from; }
 
 template <bool TRANSPOSED> void load_matrices_either(uint32_t (&to)[4], const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16) emulator::fail("load_matrices of an address that 16 does not divide");
@@ -97,13 +100,10 @@ inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) { load_
 template <class T> void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Shown { float a[4][2], b[2][2]; } mine;
   struct Four { float v[4]; };
-  const auto half = [](uint32_t both, int which) {
-    return to_float(std::bit_cast<T>(static_cast<uint16_t>(both >> 16 * which)));
-  };
   for (int which = 0; which < 2; ++which) {
-    for (int i = 0; i < 4; ++i) mine.a[i][which] = half(a[i], which);
-    mine.b[0][which] = half(b0, which);
-    mine.b[1][which] = half(b1, which);
+    for (int i = 0; i < 4; ++i) mine.a[i][which] = half_of<T>(a[i], which);
+    mine.b[0][which] = half_of<T>(b0, which);
+    mine.b[1][which] = half_of<T>(b1, which);
   }
   const Four sum = emulator::exchange(~0u, mine, [&](auto get) {
     const int l = emulator::lane();
@@ -115,6 +115,25 @@ template <class T> void multiply_add(float (&d)[4], const uint32_t (&a)[4], uint
       const Shown& second = get(l % 4 * 8 + 4 + holder);
       for (int i = 0; i < 4; ++i)
         four.v[i] += left.a[i / 2 + 2 * high][which] * (i % 2 ? second : first).b[high][which];
+    }
+    return four;
+  });
+  std::memcpy(d, sum.v, sizeof d);
+}
+
+inline void multiply_add_int8(int (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Shown { uint32_t a[4], b[2]; };
+  struct Four { int v[4]; };
+  const Four sum = emulator::exchange(~0u, Shown{{a[0], a[1], a[2], a[3]}, {b0, b1}}, [&](auto get) {
+    const int l = emulator::lane();
+    Four four{{d[0], d[1], d[2], d[3]}};
+    for (int k = 0; k < 32; ++k) {
+      const int holder = k % 16 / 4, shift = k % 4 * 8, high = k / 16;
+      for (int i = 0; i < 4; ++i) {
+        const uint32_t left = get(l / 4 * 4 + holder).a[i / 2 + 2 * high];
+        const uint32_t right = get((l % 4 * 2 + i % 2) * 4 + holder).b[high];
+        four.v[i] += static_cast<int8_t>(left >> shift) * static_cast<int8_t>(right >> shift);
+      }
     }
     return four;
   });

@@ -160,14 +160,11 @@ template <class T, int N, bool K_MAJOR>
 void start_product(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   struct Shown { uint32_t a[4]; };
   struct Rows { float v[2][16]; };
-  const auto half = [](uint32_t both, int which) {
-    return to_float(std::bit_cast<T>(static_cast<uint16_t>(both >> 16 * which)));
-  };
   const Rows rows = emulator::exchange(~0u, Shown{{a[0], a[1], a[2], a[3]}}, [&](auto get) {
     Rows own;
     for (int k = 0; k < 16; ++k)
       for (int i = 0; i < 2; ++i)
-        own.v[i][k] = half(get(emulator::lane() / 4 * 4 + k % 8 / 2).a[i + k / 8 * 2], k % 2);
+        own.v[i][k] = half_of<T>(get(emulator::lane() / 4 * 4 + k % 8 / 2).a[i + k / 8 * 2], k % 2);
     return own;
   });
   const char* base = reinterpret_cast<const char*>(emulator::block->shared) + (b & 0x3FFF) * 16;
