@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from engines import costs, platform
+from engines import costs
 from engines.api import EngineConfig, EngineSettings
-from engines.core.engine import LLMEngine, Watch, out_of_memory
+from engines.core.device import Device, out_of_memory
+from engines.core.engine import LLMEngine, Watch
 from engines.models.base import Model
 from engines.models.load import load_model
 from engines.ops import OpSet
@@ -32,10 +33,10 @@ def load_engine(
     if threads:
         torch.set_num_threads(threads)
     ops = import_opset(settings.backend)()
-    dtype, device = DTYPES[settings.dtype], torch.device(settings.device)
+    dtype, device = DTYPES[settings.dtype], Device(torch.device(settings.device))
     with torch.inference_mode():
         model = load_model(settings, ops)
-        count, notes = num_blocks(model, settings.config, dtype, free_bytes(device)), list[str]()
+        count, notes = num_blocks(model, settings.config, dtype, device.free_bytes()), list[str]()
         while True:
             try:
                 engine = LLMEngine(
@@ -65,11 +66,6 @@ def import_opset(backend: str) -> type[OpSet]:
     """The op set of a backend, imported with all that it takes: what of loading needs no checkpoint."""
     opset: type[OpSet] = importlib.import_module(f"engines.{backend}.opset").OpSet
     return opset
-
-
-def free_bytes(device: torch.device) -> int:
-    """Memory that is free now, with the weights loaded."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else platform.free_memory_bytes()
 
 
 def num_blocks(model: Model, config: EngineConfig, dtype: torch.dtype, free: int) -> int:

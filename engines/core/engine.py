@@ -9,14 +9,18 @@ from collections.abc import Callable
 from collections.abc import Sequence as Many
 from typing import cast
 
+import numpy as np
 import torch
+from torch import Tensor
 
-from engines.api import EngineConfig, EngineStats, ErrorInfo, Outcome, Request, SamplingParams
+from engines.api import EngineConfig, EngineStats, ErrorInfo, Outcome, Request, SamplingParams, TokenLogprobs
 from engines.core.block_manager import BlockManager
+from engines.core.device import Device, out_of_memory
+from engines.core.flight import Flight
 from engines.core.model_runner import ModelRunner
 from engines.core.pooling import Pooler
 from engines.core.sampler import Detokenize, Sampler
-from engines.core.scheduler import Scheduled, Scheduler
+from engines.core.scheduler import Scheduled, Scheduler, share
 from engines.core.sequence import Sequence
 from engines.models.base import Model
 from engines.ops import OpSet
@@ -39,7 +43,7 @@ class LLMEngine:
         config: EngineConfig,
         num_blocks: int,
         dtype: torch.dtype,
-        device: torch.device,
+        device: Device,
         eos_token_ids: Many[int] = (),
         detokenize: Detokenize | None = None,
         pooling: str | None = None,
@@ -54,6 +58,8 @@ class LLMEngine:
         """
         self.model = model
         self.max_model_len = min(config.max_model_len or model.max_model_len, model.max_model_len)
+        # A model with states of its own would compute on with tokens that end a sequence.
+        self.overlaps = device.overlaps and model.paged
         kv_dtype = None if config.kv_dtype == "auto" else cast(KVDtype, config.kv_dtype)
         self.runner = ModelRunner(model, ops, num_blocks, config.block_size, dtype, device, kv_dtype)
         self.blocks = BlockManager(num_blocks) if self.runner.paged else None
@@ -66,14 +72,17 @@ class LLMEngine:
             config.prefix_caching,
             chunked=model.num_cache_layers > 0 or not model.paged,
             context_key=model.context_key,
+            overlaps=self.overlaps,
         )
-        self.sampler = Sampler(ops, eos_token_ids, detokenize)
+        self.sampler = Sampler(ops, eos_token_ids, detokenize, device)
         self.pooler = Pooler(model, ops, pooling, normalize)
         self.device = device
         self.notes: list[str] = []
         """How this engine departs from its settings, as in EngineStats."""
         self._watch = watch
         self._ids = itertools.count()
+        self._flight: Flight | None = None
+        """The step that the device is computing."""
         self._ready: list[Outcome] = []
         """Outcomes of requests that were refused at submit."""
         self._num_unfinished = 0
@@ -136,10 +145,16 @@ class LLMEngine:
 
     @torch.inference_mode()
     def step(self) -> list[Outcome]:
+        """With a device that overlaps, the outcomes are of the step before: a step is launched, then the one before it
+        is read, so that the device always has something to do. A sequence that ends is computed once more in vain."""
         outcomes, self._ready = self._ready, []
+        if self._flight is not None and self.scheduler.needs_tokens():
+            outcomes += self._land()
         step = self.scheduler.schedule()
         if step:
             outcomes += self._run(step)
+        elif self._flight is not None:
+            outcomes += self._land()
         elif self.scheduler.waiting:
             outcomes.append(self._give_up(self.scheduler.waiting.popleft()))
         self._num_unfinished -= len(outcomes)
@@ -154,24 +169,32 @@ class LLMEngine:
         return self._outcome(seq, "error", error=ErrorInfo("kv_cache_full", message))
 
     def _run(self, step: list[Scheduled]) -> list[Outcome]:
-        """Execute a step; if it raises, halve it until the sequence that raises is alone.
+        """Launch a step and read the one before, or this one where nothing overlaps; if it raises, halve it until the
+        sequence that raises is alone.
 
         Raises what the step did where the device is lost: nothing more can be computed in this process.
         """
         failure: Exception | None = None
         try:
-            outcomes = self._execute(step)
+            flight = self._launch(step)
         except Exception as error:
             failure = error
         if failure is not None:
             # Out of the handler, so that the failures of the halves are not chained to this one.
-            if device_lost(self.device):
+            if self.device.lost():
                 raise failure
-            return self._after_failure(step, failure)
-        self._num_steps += 1
+            outcomes = self._land()
+            return outcomes + self._after_failure([s for s in step if s.seq.slot >= 0], failure)
+        outcomes = self._land()
+        self._depart(flight)
+        if not self.overlaps:
+            outcomes += self._land()
         return outcomes
 
     def _after_failure(self, step: list[Scheduled], error: Exception) -> list[Outcome]:
+        """Nothing is in flight."""
+        for s in step:
+            s.seq.counts = None
         if not self.model.paged:
             # The models' own states may have advanced: compute again from the first token.
             for s in step:
@@ -181,66 +204,110 @@ class LLMEngine:
                 f"memory ran out in a step: going on with max_num_batched_tokens="
                 f"{self.scheduler.max_num_batched_tokens}, max_num_seqs={self.scheduler.max_num_seqs}"
             )
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self.device.empty_cache()
             return []
-        if len(step) == 1:
-            return [self._fail(step[0].seq, error)]
+        if len(step) <= 1:
+            return [self._fail(s.seq, error) for s in step]
         if not self.model.paged:
-            step = [Scheduled(s.seq, s.seq.num_computed_tokens + s.num_new_tokens) for s in step]
             for s in step:
                 s.seq.num_computed_tokens = 0
+            step = [share(s.seq, s.end) for s in step]
         middle = len(step) // 2
         return self._run(step[:middle]) + self._run(step[middle:])
 
-    def _execute(self, step: list[Scheduled]) -> list[Outcome]:
-        self._watch([s.seq.request.request_id for s in step])
+    def _launch(self, step: list[Scheduled]) -> Flight:
+        """Give a step to the device. Changes no sequence but for its counts: until here a step can be done again."""
+        before = self._flight.step if self._flight is not None else []
+        self._watch([s.seq.request.request_id for s in (*before, *step)])
+        unread = self._flight.draw.tokens if self._flight is not None and self._flight.draw is not None else None
         wanted = [self.pooler.wanted(s) for s in step]
         indices: list[int] = []
         offset = 0
         for s, positions in zip(step, wanted, strict=True):
-            base = offset - s.seq.num_computed_tokens
+            base = offset - s.start
             indices += range(base + positions.start, base + positions.stop)
             offset += s.num_new_tokens
-        everything = len(indices) == offset
-        outputs = None if everything else torch.tensor(indices, dtype=torch.int64, device=self.device)
-        hidden = self.runner.execute(step, outputs, self.scheduler.block_tables)
-        drawing = [i for i, s in enumerate(step) if s.seq.request.kind == "generate" and s.completes]
-        tokens: dict[int, int | None] = {}
+        outputs = None if len(indices) == offset else indices
+        hidden = self.runner.execute(step, outputs, self.scheduler.block_tables, unread)
         starts = list(itertools.accumulate((len(p) for p in wanted), initial=0))
-        if drawing:
-            rows = hidden if len(drawing) == len(indices) else hidden[[starts[i] for i in drawing]]
-            drawn = self.sampler.sample(self.model.logits(rows), [step[i].seq for i in drawing])
-            tokens = dict(zip(drawing, drawn, strict=True))
-        parts = [
-            None if s.seq.request.kind == "generate" else self.pooler.part(s.seq, wanted[i], hidden[a:b])
-            for i, (s, a, b) in enumerate(zip(step, starts, starts[1:], strict=False))
-        ]
-        # Nothing above has changed a sequence but for its log-probabilities: until here a step can be done again.
-        outcomes = [self._advance(s, part, tokens.get(i)) for i, (s, part) in enumerate(zip(step, parts, strict=True))]
-        return [outcome for outcome in outcomes if outcome is not None]
+        flight = Flight(step, [i for i, s in enumerate(step) if s.seq.request.kind == "generate" and s.completes])
+        if flight.drawing:
+            if len(flight.drawing) < len(indices):
+                rows = self.device.upload([np.array([starts[i] for i in flight.drawing])])[0]
+                hidden_drawing = hidden[rows]
+            else:
+                hidden_drawing = hidden
+            logits = self.model.logits(hidden_drawing)
+            flight.draw = self.sampler.draw(logits, [step[i].seq for i in flight.drawing])
+        for i, s in enumerate(step):
+            if s.seq.request.kind != "generate":
+                self._pool(flight, s, wanted[i], hidden[starts[i] : starts[i + 1]])
+        flight.download = self.device.download(flight.tensors())
+        return flight
 
-    def _advance(self, step: Scheduled, part: list[float] | torch.Tensor | None, token: int | None) -> Outcome | None:
-        """Count a sequence's tokens, and add what was computed for it; its outcome if it has ended.
+    def _pool(self, flight: Flight, s: Scheduled, positions: range, hidden: Tensor) -> None:
+        """Results other than text."""
+        if s.seq.request.kind == "score":
+            if positions:
+                following = s.seq.token_ids[positions.start + 1 : positions.stop + 1]
+                targets = self.device.upload([np.array(following, dtype=np.int64)])[0]
+                flight.add_values(s, self.pooler.log_probabilities(s.seq, positions, hidden, targets))
+            return
+        pooled = self.pooler.pooled(s.seq, hidden)
+        flight.pooled[s.seq.seq_id] = pooled
+        if s.completes:
+            assert pooled is not None
+            flight.add_values(s, [self.pooler.result(s.seq, pooled)])
+
+    def _depart(self, flight: Flight) -> None:
+        """The step is under way: count its tokens."""
+        rows = {i: row for row, i in enumerate(flight.drawing)}
+        for i, s in enumerate(flight.step):
+            if s.seq.slot < 0:
+                continue  # ended by a token that was read since the launch
+            if s.seq.num_output_tokens == 0:
+                self._num_prompt += s.num_new_tokens
+            self.scheduler.depart(s, rows.get(i, -1))
+            s.seq.pooled = flight.pooled.get(s.seq.seq_id, s.seq.pooled)
+        self._flight = flight
+
+    def _land(self) -> list[Outcome]:
+        """Wait for the step in flight, if there is one, and read what came of it: outcomes of what has ended."""
+        flight, self._flight = self._flight, None
+        if flight is None:
+            return []
+        self._num_steps += 1
+        tokens, values = flight.read()
+        outcomes = []
+        for i, s in enumerate(flight.step):
+            if s.seq.slot < 0:
+                continue
+            outcome = self._settle(s, *tokens.get(i, (None, None)), values.get(s.seq.seq_id, []))
+            if outcome is not None:
+                outcomes.append(outcome)
+        return outcomes
+
+    def _settle(
+        self, step: Scheduled, token: int | None, logprobs: TokenLogprobs | None, values: list[float]
+    ) -> Outcome | None:
+        """Add what was computed for a sequence; its outcome if it has ended.
 
         token: The drawn one; None where its logits were not numbers.
         """
-        seq, completes = step.seq, step.completes
-        if seq.num_output_tokens == 0:
-            self._num_prompt += step.num_new_tokens
-        self.pooler.add(seq, part)
-        self.scheduler.computed(step)
-        if not completes:
+        seq = step.seq
+        self.scheduler.land(step)
+        seq.values += values
+        if not step.completes:
             return None
-        try:
-            if seq.request.kind != "generate":
-                return self._retire_with_values(seq)
-            if token is None:
+        if seq.request.kind != "generate":
+            if not all(map(math.isfinite, seq.values)):
                 return self._retire(seq, "error", error=_not_numbers())
-            end = self.sampler.append(seq, token)
+            return self._retire(seq, "stop", values=seq.values)
+        if token is None:
+            return self._retire(seq, "error", error=_not_numbers())
+        try:
+            end = self.sampler.append(seq, token, logprobs)
         except Exception as error:
-            if device_lost(self.device):
-                raise
             return self._fail(seq, error)
         return None if end is None else self._retire(seq, end[0], stop_reason=end[1])
 
@@ -251,12 +318,6 @@ class LLMEngine:
             self._seen_failures.add(text)
             log.error("request %d failed", seq.request.request_id, exc_info=error)
         return self._retire(seq, "error", error=ErrorInfo("engine_error", text))
-
-    def _retire_with_values(self, seq: Sequence) -> Outcome:
-        values = self.pooler.result(seq)
-        if not all(map(math.isfinite, values)):
-            return self._retire(seq, "error", error=_not_numbers())
-        return self._retire(seq, "stop", values=values)
 
     def _retire(self, seq: Sequence, reason: str, **fields: object) -> Outcome:
         self.scheduler.remove(seq)
@@ -287,11 +348,12 @@ class LLMEngine:
             num_preemptions=self.scheduler.num_preemptions,
             num_prompt_tokens=self._num_prompt,
             num_cached_tokens=self._num_cached,
-            num_output_tokens=self._num_output + sum(s.num_output_tokens for s in self.scheduler.running),
+            num_output_tokens=self._num_output + sum(map(_read_tokens, self.scheduler.running)),
             notes=tuple(self.notes),
         )
 
     def close(self) -> None:
+        self._flight = None
         self.runner.caches.clear()
         del self.model, self.runner.model
 
@@ -304,18 +366,5 @@ def _not_numbers() -> ErrorInfo:
     return ErrorInfo("nan_logits", "the model's output is not a number; try dtype float32, or check the weights")
 
 
-def out_of_memory(error: Exception) -> bool:
-    """Whether less would have worked."""
-    text = str(error)
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
-
-
-def device_lost(device: torch.device) -> bool:
-    """Whether nothing works any more after an error: those of CUDA kernels stay until the process ends."""
-    if device.type == "cpu":
-        return False
-    try:
-        torch.zeros(1, device=device).add_(1).item()
-    except RuntimeError as error:
-        return not out_of_memory(error)
-    return False
+def _read_tokens(seq: Sequence) -> int:
+    return seq.num_output_tokens - (seq.unread_row >= 0)

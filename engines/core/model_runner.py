@@ -10,7 +10,9 @@ from torch import Tensor
 
 from engines.api import UnsupportedModelError
 from engines.batch import Batch, PrefixGroup
+from engines.core.device import Device
 from engines.core.scheduler import Scheduled
+from engines.core.sequence import UNREAD
 from engines.models.base import Cache, Model
 from engines.ops import OpSet
 from engines.ops.kv_cache import KVDtype
@@ -58,72 +60,95 @@ class ModelRunner:
         num_blocks: int,
         block_size: int,
         dtype: torch.dtype,
-        device: torch.device,
+        device: Device,
         kv_dtype: KVDtype | None = None,
     ) -> None:
         self.model = model
         self.block_size = block_size
         self.device = device
         self.paged = model.paged and model.num_cache_layers > 0
-        where = (ops, num_blocks, block_size, dtype, device)
+        where = (ops, num_blocks, block_size, dtype, device.place)
         self.caches = allocate_caches(model, *where, kv_dtype) if self.paged else []
         # A window may hide part of a shared beginning from some of the sequences; without a spec that is not known.
         windows = getattr(model.spec, "windows", (1,))
         self.groups_prefixes = self.paged and not any(windows)
 
-    def execute(self, step: Many[Scheduled], outputs: Tensor | None, block_tables: np.ndarray) -> Tensor:
-        """Hidden states of the tokens whose index in the batch is in `outputs` (None: all): [num_outputs, hidden]."""
-        return self.model.forward(self.batch(step, outputs, block_tables), self.caches)
+    def execute(
+        self,
+        step: Many[Scheduled],
+        outputs: list[int] | None,
+        block_tables: np.ndarray,
+        unread: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of the tokens whose index in the batch is in `outputs` (None: all): [num_outputs, hidden].
 
-    def batch(self, step: Many[Scheduled], outputs: Tensor | None, block_tables: np.ndarray) -> Batch:
+        unread: the tokens that the step in flight draws, for sequences whose last token is one of them.
+        """
+        return self.model.forward(self.batch(step, outputs, block_tables, unread), self.caches)
+
+    def batch(
+        self,
+        step: Many[Scheduled],
+        outputs: list[int] | None,
+        block_tables: np.ndarray,
+        unread: Tensor | None = None,
+    ) -> Batch:
         """block_tables: the scheduler's, by slot."""
         counts = np.array([s.num_new_tokens for s in step], dtype=np.int64)
-        starts = np.array([s.seq.num_computed_tokens for s in step], dtype=np.int64)
+        starts = np.array([s.start for s in step], dtype=np.int64)
         offsets = np.zeros(len(step) + 1, dtype=np.int64)
         np.cumsum(counts, out=offsets[1:])
         token_ids: list[int] = []
         for s in step:
-            begin = s.seq.num_computed_tokens
-            token_ids += s.seq.token_ids[begin : begin + s.num_new_tokens]
+            token_ids += s.seq.token_ids[s.start : s.end]
         positions = np.arange(offsets[-1]) + np.repeat(starts - offsets[:-1], counts)
         lengths = starts + counts
         longest = int(lengths.max())
-        slots = tables = None
-        groups: tuple[PrefixGroup, ...] = ()
+        arrays = {
+            "token_ids": np.array(token_ids, dtype=np.int64),
+            "positions": positions,
+            "cu_seqlens_q": offsets.astype(np.int32),
+            "seq_lens": lengths.astype(np.int32),
+        }
+        groups: list[tuple[np.ndarray, int]] = []
         if self.paged:
             width = -(-longest // self.block_size)
             rows = block_tables[[s.seq.slot for s in step], :width]
             owner = np.repeat(np.arange(len(step)), counts)
             slots = rows[owner, positions // self.block_size].astype(np.int64) * self.block_size
-            slots += positions % self.block_size
-            tables = self._tensor(rows)
+            arrays["slot_mapping"] = slots + positions % self.block_size
+            arrays["block_tables"] = rows
             if self.groups_prefixes and len(step) >= MIN_GROUP_SEQS:
                 groups = self._prefix_groups(rows, counts, lengths)
-        keys = [s.seq.context_key for s in step]
+        if outputs is not None:
+            arrays["output_indices"] = np.array(outputs, dtype=np.int64)
         adapters = [s.seq.adapter_id for s in step]
+        if max(adapters) >= 0:
+            arrays["adapter_ids"] = np.repeat(np.array(adapters, dtype=np.int64), counts)
+        keys = [s.seq.context_key for s in step]
+        if any(keys):
+            arrays["context_keys"] = np.array(keys, dtype=np.int64)
+        members = [group for group, _ in groups]
+        fed = unread_tokens(step, arrays["token_ids"]) if unread is not None else []
+        uploaded = self.device.upload([*arrays.values(), *members, *fed])
+        tensors = dict(zip(arrays, uploaded, strict=False))
+        if unread is not None and fed:
+            places, read = uploaded[-2:]
+            tensors["token_ids"].index_copy_(0, places, unread.index_select(0, read))
+        shared = zip(uploaded[len(arrays) :], (num_blocks for _, num_blocks in groups), strict=False)
         return Batch(
-            token_ids=self._tensor(np.array(token_ids, dtype=np.int64)),
-            positions=self._tensor(positions),
-            cu_seqlens_q=self._tensor(offsets.astype(np.int32)),
-            seq_lens=self._tensor(lengths.astype(np.int32)),
             max_seqlen_q=int(counts.max()),
             max_seqlen_k=longest,
-            slot_mapping=None if slots is None else self._tensor(slots),
-            block_tables=tables,
-            output_indices=outputs,
-            prefix_groups=groups,
-            adapter_ids=self._tensor(np.repeat(np.array(adapters, dtype=np.int64), counts))
-            if max(adapters) >= 0
-            else None,
+            prefix_groups=tuple(PrefixGroup(seqs, num_blocks) for seqs, num_blocks in shared),
             seq_ids=tuple(s.seq.seq_id for s in step),
-            context_keys=self._tensor(np.array(keys, dtype=np.int64)) if any(keys) else None,
+            **tensors,
         )
 
-    def _prefix_groups(self, rows: np.ndarray, counts: np.ndarray, lengths: np.ndarray) -> tuple[PrefixGroup, ...]:
-        """Decoding sequences whose tables begin with the same blocks."""
+    def _prefix_groups(self, rows: np.ndarray, counts: np.ndarray, lengths: np.ndarray) -> list[tuple[np.ndarray, int]]:
+        """Decoding sequences whose tables begin with the same blocks: their places, int32, and how many blocks."""
         decoding = np.flatnonzero(counts == 1)
         if len(decoding) < MIN_GROUP_SEQS:
-            return ()
+            return []
         first = rows[decoding, 0]
         groups = []
         values, sizes = np.unique(first, return_counts=True)
@@ -133,8 +158,12 @@ class ModelRunner:
             same = (rows[members, :full] == rows[members[0], :full]).all(axis=0)
             shared = full if same.all() else int(same.argmin())
             if shared >= MIN_GROUP_BLOCKS:
-                groups.append(PrefixGroup(self._tensor(members.astype(np.int32)), shared))
-        return tuple(groups)
+                groups.append((members.astype(np.int32), shared))
+        return groups
 
-    def _tensor(self, array: np.ndarray) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+def unread_tokens(step: Many[Scheduled], token_ids: np.ndarray) -> list[np.ndarray]:
+    """(places of the batch's tokens that are UNREAD, their rows among those that the step in flight draws), or
+    nothing."""
+    rows = [s.seq.unread_row for s in step if s.seq.unread_row >= 0]
+    return [np.flatnonzero(token_ids == UNREAD), np.array(rows, dtype=np.int64)] if rows else []

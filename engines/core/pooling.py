@@ -35,11 +35,9 @@ class Pooler:
 
     def wanted(self, step: Scheduled) -> range:
         """Positions of the step's tokens whose hidden states are needed."""
-        seq = step.seq
-        begin, end = seq.num_computed_tokens, seq.num_computed_tokens + step.num_new_tokens
-        kind = seq.request.kind
+        kind, begin, end = step.seq.request.kind, step.start, step.end
         if kind == "score":
-            return range(max(begin, seq.request.score_from - 1), min(end, seq.num_prompt_tokens - 1))
+            return range(max(begin, step.seq.request.score_from - 1), min(end, step.seq.num_prompt_tokens - 1))
         if kind == "embed" and self.pooling in ("mean", "max"):
             return range(begin, end)
         first = (kind == "embed" and self.pooling == "cls") or (kind == "classify" and self.is_encoder)
@@ -47,47 +45,30 @@ class Pooler:
             return range(1) if begin == 0 else range(0)
         return range(end - 1, end) if step.completes else range(0)
 
-    def part(self, seq: Sequence, positions: range, hidden: Tensor) -> list[float] | Tensor | None:
-        """What these positions add to the request's result; nothing is changed.
+    def log_probabilities(self, seq: Sequence, positions: range, hidden: Tensor, targets: Tensor) -> list[Tensor]:
+        """`score`: those of the tokens after the positions, in pieces. hidden: [len(positions), hidden_size]; targets:
+        [len(positions)] int64, these tokens."""
+        return [
+            self.ops.log_softmax_gather(self.model.logits(hidden[i : i + SCORE_ROWS]), targets[i : i + SCORE_ROWS])
+            for i in range(0, len(positions), SCORE_ROWS)
+        ]
 
-        hidden: [len(positions), hidden_size], of this step.
-        """
-        if not len(positions):
-            return None
-        if seq.request.kind == "score":
-            targets = torch.tensor(seq.token_ids[positions.start + 1 : positions.stop + 1], device=hidden.device)
-            values: list[float] = []
-            for i in range(0, len(positions), SCORE_ROWS):
-                logits = self.model.logits(hidden[i : i + SCORE_ROWS])
-                values += self.ops.log_softmax_gather(logits, targets[i : i + SCORE_ROWS]).tolist()
-            return values
-        if self.pooling == "mean" and seq.request.kind == "embed":
-            return hidden.float().sum(0)
-        if self.pooling == "max" and seq.request.kind == "embed":
-            return hidden.float().amax(0)
-        return hidden[-1]
+    def pooled(self, seq: Sequence, hidden: Tensor) -> Tensor | None:
+        """What seq.pooled becomes with these hidden states of its next tokens, [n, hidden_size]; nothing is changed."""
+        if not len(hidden):
+            return seq.pooled
+        if seq.request.kind != "embed" or self.pooling not in ("mean", "max"):
+            return hidden[-1]
+        part = hidden.float().sum(0) if self.pooling == "mean" else hidden.float().amax(0)
+        if seq.pooled is None:
+            return part
+        return seq.pooled + part if self.pooling == "mean" else torch.maximum(seq.pooled, part)
 
-    def add(self, seq: Sequence, part: list[float] | Tensor | None) -> None:
-        """Keep what `part` gave."""
-        if part is None:
-            return
-        if isinstance(part, list):
-            seq.values += part
-        elif seq.pooled is None or seq.request.kind != "embed" or self.pooling not in ("mean", "max"):
-            seq.pooled = part
-        else:
-            seq.pooled = seq.pooled + part if self.pooling == "mean" else torch.maximum(seq.pooled, part)
-
-    def result(self, seq: Sequence) -> list[float]:
-        """The finished request's values: see engines.api.Outcome.values."""
-        if seq.request.kind == "score":
-            return seq.values
-        assert seq.pooled is not None
+    def result(self, seq: Sequence, pooled: Tensor) -> Tensor:
+        """The values of a sequence that is computed, [num_values] float32: see engines.api.Outcome.values."""
         if seq.request.kind == "classify":
-            return self.model.classify(seq.pooled[None])[0].tolist()
-        vector = seq.pooled.float()
+            return self.model.classify(pooled[None])[0]
+        vector = pooled.float()
         if self.pooling == "mean":
             vector = vector / seq.num_prompt_tokens
-        if self.normalize:
-            vector = torch.nn.functional.normalize(vector, dim=0)
-        return vector.tolist()
+        return torch.nn.functional.normalize(vector, dim=0) if self.normalize else vector

@@ -7,6 +7,9 @@ own back and is computed again later.
 The queue is told the future: each submitted batch is ordered by shared beginnings, then by length of output, so that
 texts with a common prefix follow each other and long outputs do not run alone at the end. A sequence waits while
 another one is computing the block that it could share.
+
+A step may be chosen while the one before is still in flight: `depart` counts its tokens as computed, and puts UNREAD in
+the place of those it draws; `land` makes the blocks known that it has filled.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from engines.core.block_manager import BlockManager
-from engines.core.sequence import Sequence
+from engines.core.sequence import UNREAD, Sequence
 
 LOOKAHEAD = 256
 """Waiting sequences looked at in one step when the first ones wait for a prefix."""
@@ -29,12 +32,21 @@ class Scheduled:
     """A sequence's share of a step: its next num_new_tokens tokens."""
 
     seq: Sequence
+    start: int
+    """Tokens computed before."""
     num_new_tokens: int
+    completes: bool
+    """Whether all tokens are computed after this step."""
 
     @property
-    def completes(self) -> bool:
-        """Whether all tokens are computed after this step."""
-        return self.num_new_tokens == self.seq.num_remaining_tokens
+    def end(self) -> int:
+        """Tokens computed after it."""
+        return self.start + self.num_new_tokens
+
+
+def share(seq: Sequence, count: int) -> Scheduled:
+    """The next `count` tokens of a sequence."""
+    return Scheduled(seq, seq.num_computed_tokens, count, count == seq.num_remaining_tokens)
 
 
 class Scheduler:
@@ -50,8 +62,10 @@ class Scheduler:
         prefix_caching: bool,
         chunked: bool,
         context_key: Callable[[int, int], int],
+        overlaps: bool = False,
     ) -> None:
-        """blocks: None for models without a paged cache. chunked: False where a text must be computed in one piece."""
+        """blocks: None for models without a paged cache. chunked: False where a text must be computed in one piece.
+        overlaps: whether steps are chosen while another one is in flight."""
         self.blocks = blocks
         self.block_size = block_size
         self.max_num_seqs = min(max_num_seqs, max_num_batched_tokens)
@@ -65,8 +79,10 @@ class Scheduler:
         self.num_preemptions = 0
         """Sequences that gave their blocks back because others needed them."""
         width = -(-max_model_len // block_size) if blocks is not None else 0
-        self.block_tables = np.zeros((self.max_num_seqs, width), dtype=np.int32)
-        self._slots = list(range(self.max_num_seqs - 1, -1, -1))
+        # Sequences that end in the step in flight keep their place until it has landed.
+        num_slots = self.max_num_seqs * (2 if overlaps else 1)
+        self.block_tables = np.zeros((num_slots, width), dtype=np.int32)
+        self._slots = list(range(num_slots - 1, -1, -1))
         self._pending: dict[int, Sequence] = {}
         """By digest: full prompt blocks that a running sequence is about to compute."""
 
@@ -89,21 +105,36 @@ class Scheduler:
         alone.sort(key=lambda s: -(s.max_num_tokens - s.num_tokens))
         return shared + alone
 
+    def needs_tokens(self) -> bool:
+        """Whether those in flight must be known before the next step: a sequence would give way, and what it is
+        computed from again is its text."""
+        growing = 0
+        for seq in self.running:
+            if seq.num_remaining_tokens != 1 or seq.waits_for_end:
+                continue
+            if self.context_key(seq.num_prompt_tokens, seq.num_tokens) != seq.context_key:
+                return True
+            growing += seq.num_tokens > seq.num_blocks * self.block_size
+        return self.blocks is not None and growing > self.blocks.num_free
+
     def schedule(self) -> list[Scheduled]:
-        """The next step; empty when nothing waits or runs. Blocks for it are allocated."""
+        """The next step; empty when nothing can be computed. Blocks for it are allocated.
+
+        With a step in flight: only where needs_tokens() is False.
+        """
         budget = self.max_num_batched_tokens
         scheduled: list[Scheduled] = []
         for seq in list(self.running):
-            if seq.slot < 0 or not self._same_context(seq):
+            if seq.slot < 0 or seq.waits_for_end or not self._same_context(seq):
                 continue
             if seq.num_remaining_tokens == 1 and budget and self._grow(seq):
-                scheduled.append(Scheduled(seq, 1))
+                scheduled.append(share(seq, 1))
                 budget -= 1
         scheduled = [s for s in scheduled if s.seq.slot >= 0]
         for seq in self.running:
             if budget and seq.num_remaining_tokens > 1:
                 count = min(seq.num_remaining_tokens, budget)
-                scheduled.append(Scheduled(seq, count))
+                scheduled.append(share(seq, count))
                 budget -= count
         return scheduled + self._admit(budget)
 
@@ -111,7 +142,8 @@ class Scheduler:
         """Start waiting sequences while there is room for them."""
         admitted: list[Scheduled] = []
         skipped: list[Sequence] = []
-        while self.waiting and budget > 0 and len(self.running) < self.max_num_seqs and len(skipped) < LOOKAHEAD:
+        room = self.max_num_seqs - sum(seq.num_remaining_tokens > 0 and not seq.waits_for_end for seq in self.running)
+        while self.waiting and budget > 0 and len(admitted) < room and self._slots and len(skipped) < LOOKAHEAD:
             seq = self.waiting.popleft()
             if not self.chunked and seq.num_tokens > budget and (admitted or self.running):
                 skipped.append(seq)
@@ -124,7 +156,7 @@ class Scheduler:
                 skipped.append(seq)
                 break
             count = min(seq.num_remaining_tokens, budget) if self.chunked else seq.num_remaining_tokens
-            admitted.append(Scheduled(seq, count))
+            admitted.append(share(seq, count))
             budget -= count
         self.waiting.extendleft(reversed(skipped))
         return admitted
@@ -197,24 +229,35 @@ class Scheduler:
         return True
 
     def _preempt(self, seq: Sequence) -> None:
+        assert seq.unread_row < 0, "a sequence with a token in flight has no text to begin again from"
         self.remove(seq)
         seq.num_computed_tokens = 0
         seq.values.clear()
         seq.pooled = None
         self.waiting.appendleft(seq)
 
-    def computed(self, step: Scheduled) -> None:
-        """The step has run: count the tokens, and make the blocks that became full known."""
+    def depart(self, step: Scheduled, unread_row: int) -> None:
+        """The step was given to the device. unread_row: of the token that it draws for this sequence; -1: none."""
         seq = step.seq
         seq.num_computed_tokens += step.num_new_tokens
+        if unread_row >= 0:
+            seq.token_ids.append(UNREAD)
+            seq.unread_row = unread_row
+
+    def land(self, step: Scheduled) -> None:
+        """The step has run: take UNREAD away, and make the blocks that became full known."""
+        seq = step.seq
+        if seq.unread_row >= 0:
+            seq.token_ids.pop()
+            seq.unread_row = -1
         if self.prefix_caching:
             assert self.blocks is not None
-            for index in range(seq.num_registered_blocks, seq.num_computed_tokens // self.block_size):
+            for index in range(seq.num_registered_blocks, step.end // self.block_size):
                 digest = seq.digest(index, self.block_size)
                 self.blocks.register(int(self.block_tables[seq.slot, index]), digest)
                 if self._pending.get(digest) is seq:
                     del self._pending[digest]
-            seq.num_registered_blocks = max(seq.num_registered_blocks, seq.num_computed_tokens // self.block_size)
+            seq.num_registered_blocks = max(seq.num_registered_blocks, step.end // self.block_size)
 
     def remove(self, seq: Sequence) -> None:
         """Take a running sequence out and free what it holds."""

@@ -10,6 +10,9 @@ from torch import Tensor
 
 from engines.api import Request, SamplingParams, TokenLogprobs
 
+UNREAD = -1
+"""Stands in token_ids for a token that the device has drawn and the host has not read."""
+
 
 @dataclass(slots=True, eq=False)
 class Sequence:
@@ -23,6 +26,7 @@ class Sequence:
     reusable_tokens: int
     """Leading prompt tokens whose hidden states nobody asks for, so that their KV may come from the prefix cache."""
     token_ids: list[int]
+    """Prompt and output; the last one may be UNREAD."""
     num_prompt_tokens: int
     num_computed_tokens: int = 0
     num_cached_tokens: int = 0
@@ -30,6 +34,8 @@ class Sequence:
     context_key: int = 0
     adapter_id: int = -1
     """Place of the request's adapter among the model's; -1: none."""
+    unread_row: int = -1
+    """Where the last of token_ids is UNREAD: its row among the tokens of the step in flight; else -1."""
     slot: int = -1
     """Row of the scheduler's block table while running."""
     num_blocks: int = 0
@@ -43,7 +49,7 @@ class Sequence:
     pooled: Tensor | None = None
     """Running sum or maximum of hidden states, float32, for mean and max pooling."""
     counts: Tensor | None = None
-    """[2, vocab] int32 occurrences in prompt and output; only where penalties want them."""
+    """[2, vocab] int32 occurrences in prompt and output, those in flight included; only where penalties want them."""
 
     @property
     def num_tokens(self) -> int:
@@ -52,6 +58,11 @@ class Sequence:
     @property
     def num_output_tokens(self) -> int:
         return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def waits_for_end(self) -> bool:
+        """Whether the token in flight is the last one, whatever it is."""
+        return self.unread_row >= 0 and len(self.token_ids) >= self.max_num_tokens
 
     @property
     def num_remaining_tokens(self) -> int:

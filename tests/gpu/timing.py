@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engines.api import EngineConfig, Request, SamplingParams
 from engines.checkpoint import Checkpoint
+from engines.core.device import Device
 from engines.core.engine import LLMEngine
 from engines.formats import dense
 from engines.models import llama
@@ -102,7 +103,7 @@ def time_decoding(ops: OpSet, device: torch.device, limits: Ceilings, batches: t
     results = []
     for count in batches:
         config = EngineConfig(max_model_len=1024, max_num_seqs=count, max_num_batched_tokens=8192, block_size=32)
-        engine = LLMEngine(model, ops, config, count * 32, torch.bfloat16, device)
+        engine = LLMEngine(model, ops, config, count * 32, torch.bfloat16, Device(device))
         sampling = SamplingParams(max_tokens=steps + 8, ignore_eos=True)
         engine.submit(
             [Request(i, "generate", [(i * 31 + j * 7) % 500 for j in range(prompt)], sampling) for i in range(count)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -12,9 +13,13 @@ from hypothesis import strategies as st
 
 from engines.api import Outcome, Request, SamplingParams
 from engines.core.engine import LLMEngine
-from tests.engines.core.tiny import VOCAB, TinyModel, make_engine
+from tests.engines.core.tiny import VOCAB, TinyModel, make_late
+from tests.engines.core.tiny import make_engine as make_now
 
 MODEL = TinyModel()
+Make = Callable[..., LLMEngine]
+pytestmark = pytest.mark.parametrize("make_engine", [make_now, make_late], ids=["at once", "late"])
+"""Everything holds too where tokens are known one step late."""
 
 
 def run(engine: LLMEngine, requests: list[Request]) -> dict[int, Outcome]:
@@ -63,7 +68,7 @@ def prompts(count: int, seed: int = 0) -> list[list[int]]:
     ],
     ids=str,
 )
-def test_tokens_do_not_depend_on_the_schedule(config: dict[str, int]) -> None:
+def test_tokens_do_not_depend_on_the_schedule(make_engine: Make, config: dict[str, int]) -> None:
     texts = prompts(20)
     outcomes = run(make_engine(MODEL, **config), [generate(i, p) for i, p in enumerate(texts)])
     for i, prompt in enumerate(texts):
@@ -72,7 +77,7 @@ def test_tokens_do_not_depend_on_the_schedule(config: dict[str, int]) -> None:
         assert outcomes[i].num_prompt_tokens == len(prompt)
 
 
-def test_samples_do_not_depend_on_the_schedule() -> None:
+def test_samples_do_not_depend_on_the_schedule(make_engine: Make) -> None:
     texts = prompts(16)
     requests = [generate(i, p, temperature=0.9, top_p=0.9) for i, p in enumerate(texts)]
     calm = run(make_engine(MODEL, prefix_caching=False, max_num_seqs=1), requests)
@@ -81,13 +86,13 @@ def test_samples_do_not_depend_on_the_schedule() -> None:
     assert len({tuple(o.token_ids) for o in calm.values()}) > 10
 
 
-def test_preemption_happens_and_is_counted() -> None:
+def test_preemption_happens_and_is_counted(make_engine: Make) -> None:
     engine = make_engine(MODEL, num_blocks=14, prefix_caching=False)
     run(engine, [generate(i, p, n=24) for i, p in enumerate(prompts(8))])
     assert engine.stats().num_preemptions > 0
 
 
-def test_a_common_prefix_is_computed_once() -> None:
+def test_a_common_prefix_is_computed_once(make_engine: Make) -> None:
     stem = list(range(2, 42))
     engine = make_engine(MODEL, max_num_seqs=8, max_num_batched_tokens=400)
     outcomes = run(engine, [generate(i, [*stem, 2 + i], n=2) for i in range(8)])
@@ -97,7 +102,7 @@ def test_a_common_prefix_is_computed_once() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.data())
-def test_random_streams(data: st.DataObject) -> None:
+def test_random_streams(make_engine: Make, data: st.DataObject) -> None:
     """Any mix of requests, submitted at any time, with any sizes: one right outcome each."""
     draw = data.draw
     engine = make_engine(
@@ -127,7 +132,7 @@ def test_random_streams(data: st.DataObject) -> None:
             assert outcomes[i].error.code in ("empty_prompt", "too_long", "kv_cache_full")
 
 
-def test_score() -> None:
+def test_score(make_engine: Make) -> None:
     texts = [p for p in prompts(9) if len(p) > 3]
     requests = [Request(i, "score", p, score_from=1 + i % 3) for i, p in enumerate(texts)]
     for config in ({}, {"max_num_batched_tokens": 5}, {"num_blocks": 14}):
@@ -139,7 +144,7 @@ def test_score() -> None:
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "max", "last"])
-def test_embed(pooling: str) -> None:
+def test_embed(make_engine: Make, pooling: str) -> None:
     texts = prompts(9)
     requests = [Request(i, "embed", p) for i, p in enumerate(texts)]
     pools = {"cls": lambda h: h[0], "mean": lambda h: h.mean(0), "max": lambda h: h.amax(0), "last": lambda h: h[-1]}
@@ -150,7 +155,7 @@ def test_embed(pooling: str) -> None:
             assert outcomes[i].values == pytest.approx(expected, rel=1e-5)
 
 
-def test_stop_rules() -> None:
+def test_stop_rules(make_engine: Make) -> None:
     prompt = prompts(1)[0]
     full = MODEL.greedy(prompt, 12)
     letters = "".join(chr(ord("a") + i % 26) for i in full)
@@ -166,7 +171,7 @@ def test_stop_rules() -> None:
     assert len(outcomes[2].token_ids) >= 8 and full[3] not in outcomes[2].token_ids[:8]
 
 
-def test_penalties_change_greedy_output() -> None:
+def test_penalties_change_greedy_output(make_engine: Make) -> None:
     prompt = prompts(1)[0]
     outcomes = run(
         make_engine(MODEL),
@@ -175,7 +180,7 @@ def test_penalties_change_greedy_output() -> None:
     assert len(set(outcomes[1].token_ids)) > len(set(outcomes[0].token_ids))
 
 
-def test_logprobs() -> None:
+def test_logprobs(make_engine: Make) -> None:
     prompt = prompts(1)[0]
     outcome = run(make_engine(MODEL), [generate(0, prompt, n=3, logprobs=2)])[0]
     assert outcome.logprobs is not None and len(outcome.logprobs) == 3
@@ -184,7 +189,7 @@ def test_logprobs() -> None:
     assert outcome.logprobs[0].top_ids == row.topk(2).indices.tolist()
 
 
-def test_one_bad_request_takes_no_other_with_it() -> None:
+def test_one_bad_request_takes_no_other_with_it(make_engine: Make) -> None:
     model = TinyModel(poison=50)
     texts = prompts(10)
     texts = [[t if t != 50 else 2 for t in text] for text in texts]
@@ -196,7 +201,7 @@ def test_one_bad_request_takes_no_other_with_it() -> None:
             assert outcomes[i].token_ids == model.greedy(text, 1)
 
 
-def test_logits_that_are_no_numbers() -> None:
+def test_logits_that_are_no_numbers(make_engine: Make) -> None:
     model = TinyModel()
     model.embedding[50] = math.nan
     outcomes = run(make_engine(model, prefix_caching=False), [generate(0, [2, 50]), generate(1, [2, 3])])
@@ -204,7 +209,7 @@ def test_logits_that_are_no_numbers() -> None:
     assert outcomes[1].token_ids == model.greedy([2, 3], 12)
 
 
-def test_memory_that_runs_out_shrinks_the_step() -> None:
+def test_memory_that_runs_out_shrinks_the_step(make_engine: Make) -> None:
     class Small(TinyModel):
         def forward(self, batch, caches):  # type: ignore[no-untyped-def]
             if batch.num_tokens > 6:
@@ -217,7 +222,7 @@ def test_memory_that_runs_out_shrinks_the_step() -> None:
         assert outcomes[i].token_ids == MODEL.greedy(text, 12)
 
 
-def test_refusals_name_the_reason() -> None:
+def test_refusals_name_the_reason(make_engine: Make) -> None:
     outcomes = run(
         make_engine(MODEL, num_blocks=4),
         [generate(0, []), generate(1, [2] * 96), generate(2, [VOCAB]), generate(3, [2] * 20), generate(4, [2] * 10)],

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from engines.api import EngineConfig
 from engines.batch import Batch
+from engines.core.device import Device, Download
 from engines.core.engine import LLMEngine
 from engines.models.spec import DecoderSpec, RopeSpec
 from engines.ops import OpSet
@@ -78,7 +81,47 @@ class TinyModel:
         return ids[len(prompt) :]
 
 
-def make_engine(model: TinyModel, num_blocks: int = 64, pooling: str | None = None, **config: object) -> LLMEngine:
+class Late(Device):
+    """A processor that stands in for an accelerator: what is drawn cannot be read before it was waited for, and time is
+    counted, not spent. A step takes the device `step_s` from its launch on, or from the end of the step before.
+    """
+
+    def __init__(self, step_s: float = 1.0) -> None:
+        super().__init__(torch.device("cpu"))
+        self.overlaps = True
+        self.step_s = step_s
+        self.now_s = self.busy_until_s = 0.0
+        self.num_launched = self.num_idle = 0
+        """Steps, and waits with nothing behind what was waited for."""
+
+    def upload(self, arrays: Sequence[np.ndarray]) -> list[Tensor]:
+        return [torch.from_numpy(np.array(array)) for array in arrays]
+
+    def download(self, tensors: Sequence[Tensor]) -> Download:
+        self.num_launched += 1
+        self.busy_until_s = max(self.busy_until_s, self.now_s) + self.step_s
+        return LateDownload(self, list(tensors))
+
+
+class LateDownload(Download):
+    def __init__(self, device: Late, tensors: list[Tensor]) -> None:
+        super().__init__(tensors)
+        self.device, self.number, self.ready_s = device, device.num_launched, device.busy_until_s
+
+    def wait(self) -> list[Tensor]:
+        self.device.now_s = max(self.device.now_s, self.ready_s)
+        self.device.num_idle += self.device.num_launched == self.number
+        return super().wait()
+
+
+def make_engine(
+    model: TinyModel,
+    num_blocks: int = 64,
+    pooling: str | None = None,
+    device: Device | None = None,
+    watch: Callable[[Sequence[int]], None] = lambda request_ids: None,
+    **config: object,
+) -> LLMEngine:
     settings = EngineConfig(**{"block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32, **config})  # type: ignore[arg-type]
     return LLMEngine(
         model,
@@ -86,8 +129,14 @@ def make_engine(model: TinyModel, num_blocks: int = 64, pooling: str | None = No
         settings,
         num_blocks,
         torch.float64,
-        torch.device("cpu"),
+        device or Device(torch.device("cpu")),
         eos_token_ids=(1,),
         detokenize=lambda ids: "".join(chr(ord("a") + i % 26) for i in ids),
         pooling=pooling,
+        watch=watch,
     )
+
+
+def make_late(model: TinyModel, **options: Any) -> LLMEngine:
+    """On a device that computes while the host goes on."""
+    return make_engine(model, device=Late(), **options)
