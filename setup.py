@@ -40,7 +40,7 @@ X86_FLAGS = {
 }
 AMX_SUFFIX = "_amx.cpp"
 """Sources for the matrix unit only."""
-AMX_FLAGS = (*X86_FLAGS["avx512"], "-mbmi2", "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
+AMX_FLAGS = (*X86_FLAGS["avx512"], "-mbmi2", "-mavx512bf16", "-mamx-tile", "-mamx-bf16", "-mamx-int8")
 TARGET_VERSION = "0x020b000000000000"
 FLAGS = ("-std=c++20", "-O3", "-DNDEBUG", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-unused-parameter")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from engines.batch import Batch, PrefixGroup
 from engines.ops import OpSet
-from engines.ops.kv_cache import KVCache
+from engines.ops.kv_cache import KVCache, KVDtype, QuantizedKVCache, quantize_vectors
 
 
 @dataclass(frozen=True)
@@ -127,3 +127,9 @@ def stored(ops: OpSet, cache: KVCache) -> KVCache:
     k, v = (t.transpose(1, 2).reshape(-1, num_kv_heads, head_dim) for t in (cache.k, cache.v))
     ops.write_kv(k, v, kept, torch.arange(num_blocks * block_size))
     return kept
+
+
+def quantized(cache: KVCache, kv_dtype: KVDtype) -> QuantizedKVCache:
+    """The same in 8 or 4 bits; what is NaN has codes, and scales of NaN."""
+    (k, k_scales), (v, v_scales) = (quantize_vectors(t, kv_dtype) for t in (cache.k, cache.v))
+    return QuantizedKVCache(kv_dtype, cache.k.shape[3], k, v, k_scales, v_scales)

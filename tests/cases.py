@@ -21,7 +21,6 @@ from engines.ops.kv_cache import (
     LatentCache,
     QuantizedKVCache,
     allocate_quantized_kv_cache,
-    quantize_vectors,
 )
 from engines.ops.moe import Projection
 from engines.ops.quantized import Float8Weight, GroupedIntWeight, Int8Weight, MXFP4Weight, QuantizedWeight
@@ -189,8 +188,11 @@ def attentions() -> Iterator[Case]:
         yield Case("paged_attention", case.name, make, case.options())
 
 
-QUANTIZED = [c for c in attention_cases.CASES if c.name in ("ragged", "nothing", "head 33", "window, softcap, sinks")]
-QUANTIZED += [c for c in attention_cases.CASES if c.name in ("decode", "shared prefix", "group of 7")]
+QUANTIZED_NAMES = (
+    "ragged", "nothing", "decode", "one token", "head 1", "head 33", "head 96", "head 256", "group of 7", "group of 71",
+    "window", "window, softcap, sinks", "shared prefix", "shared prefix, softcap, sinks",
+)  # fmt: skip
+QUANTIZED = [case for case in attention_cases.CASES if case.name in QUANTIZED_NAMES]
 
 
 def quantized_caches() -> Iterator[Case]:
@@ -201,12 +203,19 @@ def quantized_caches() -> Iterator[Case]:
                 dtype: torch.dtype, case: attention_cases.Case = case, kv_dtype: Any = kv_dtype
             ) -> tuple[Any, ...]:
                 given = attention_cases.make(case, dtype)
-                k, k_scales = quantize_vectors(given.cache.k, kv_dtype)
-                v, v_scales = quantize_vectors(given.cache.v, kv_dtype)
-                cache = QuantizedKVCache(kv_dtype, case.head_dim, k, v, k_scales, v_scales)
-                return given.q, cache, given.batch, SCALE
+                return given.q, attention_cases.quantized(given.cache, kv_dtype), given.batch, SCALE
 
             yield Case("quantized_attention", f"{kv_dtype} {case.name}", attend, case.options())
+
+        def uneven(dtype: torch.dtype, kv_dtype: Any = kv_dtype) -> tuple[Any, ...]:
+            """Keys far from zero, queries from tiny to large, and values of which some are a thousand times others."""
+            given = attention_cases.make(attention_cases.CASES[0], torch.float32)
+            stretch = 10.0 ** (torch.arange(16) % 4)[:, None]
+            cache = KVCache((given.cache.k + 20).to(dtype), (given.cache.v * stretch).to(dtype))
+            q = given.q * 10.0 ** -(torch.arange(64) % 5)
+            return q.to(dtype), attention_cases.quantized(cache, kv_dtype), given.batch, SCALE
+
+        yield Case("quantized_attention", f"{kv_dtype} uneven", uneven, {})
         for rows, size in ((0, 20), (1, 33), (77, 64)):
 
             def write(

@@ -1,4 +1,5 @@
-// The op paged_attention: checks, cuts the batch into tiles of query rows, runs them on torch's own threads.
+// The ops paged_attention and quantized_attention: checks, cut the batch into tiles of query rows, run them on torch's
+// own threads.
 // Layouts are those of engines/ops/attention.py and engines/ops/kv_cache.py.
 
 #include "attention.h"
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "buffer.h"
+#include "codes_tensors.h"
 #include "isa.h"
 #include "tensors.h"
 
@@ -26,6 +28,14 @@ Kernel kernel(bool packed) {
 #endif
   STD_TORCH_CHECK(!packed, "packed: this machine has no matrix unit");
   return baseline::attend;
+}
+
+Kernel kernel_of_codes(Type type, Codes codes) {
+#if defined(CPU_OPS_X86)
+  // Numbers of 16 bits, as the matrix unit's products of integers have them.
+  if (isa() == Isa::amx && type != Type::f32 && codes != Codes::fp8) return amx::attend_codes;
+#endif
+  return kernel(false);
 }
 
 namespace {
@@ -50,7 +60,7 @@ struct Call {
   const int32_t *starts, *seq_lens, *tables;
   const float* sinks;
   Work common;  // what all tiles have alike; k and v of KV head 0
-  int64_t k_head_stride, v_head_stride;
+  int64_t k_head_stride, v_head_stride, scales_head_stride;
   std::vector<int64_t> shared;     // per sequence: its leading keys that its prefix group attends to
   std::vector<int64_t> slot;       // per sequence: its place in states, -1 for none
   Buffer states;
@@ -78,6 +88,10 @@ void fill(const Call& call, const Item& item, Work& work) {
   work.num_rows = static_cast<int>(item.last - item.first);
   work.k = call.common.k + item.kv_head * call.k_head_stride;
   work.v = call.common.v + item.kv_head * call.v_head_stride;
+  if (work.codes != Codes::none) {
+    work.k_scales = call.common.k_scales + item.kv_head * call.scales_head_stride;
+    work.v_scales = call.common.v_scales + item.kv_head * call.scales_head_stride;
+  }
   work.block_table = call.tables + (item.members ? item.members[0] : item.seq) * call.max_blocks;
   work.store_state = item.members != nullptr;
   int64_t lowest = INT64_MAX, highest = 0;
@@ -96,8 +110,8 @@ void fill(const Call& call, const Item& item, Work& work) {
 }
 
 // Asks for an item's first tile, which lies anywhere. One block of one head is contiguous in either layout.
-void prefetch(const Work& work, int64_t element) {
-  const int64_t bytes = std::min<int64_t>(work.block_size, kTile) * work.head_dim * element;
+void prefetch(const Work& work) {
+  const int64_t bytes = std::min<int64_t>(work.block_size, kTile) * work.k_slot_stride;
   for (int64_t key = work.begin; key < std::min(work.end, work.begin + kTile); key += work.block_size) {
     const int64_t block = work.block_table[key / work.block_size];
     for (int64_t i = 0; i < bytes; i += 64) {
@@ -127,7 +141,8 @@ std::vector<Turn> turns(const std::vector<Item>& items, int64_t threads) {
 void run_all(const Call& call, std::vector<Item>& items) {
   if (items.empty()) return;
   std::stable_sort(items.begin(), items.end(), [](const Item& a, const Item& b) { return a.cost > b.cost; });
-  const Kernel attend = kernel(call.packed);
+  const Codes codes = call.common.codes;
+  const Kernel attend = codes == Codes::none ? kernel(call.packed) : kernel_of_codes(call.type, codes);
   const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), static_cast<int64_t>(items.size()));
   const std::vector<Turn> order = turns(items, threads);
   std::atomic<size_t> next{0};
@@ -139,7 +154,7 @@ void run_all(const Call& call, std::vector<Item>& items) {
       if (turn >= order.size()) return;
       for (size_t i = 0; i < order[turn].count; ++i) {
         fill(call, items[order[turn].first + i], works[i]);
-        prefetch(works[i], call.element);
+        prefetch(works[i]);
       }
     };
     size_t turn = next.fetch_add(1);
@@ -189,7 +204,7 @@ void attend_groups(Call& call, const int32_t* seqs, int64_t num_seqs, const int3
     }
     first += members;
   }
-  call.state_floats = (kStateHeader + call.head_dim + 15) / 16 * 16;
+  call.state_floats = kStateHeader + (call.head_dim + 63) / 64 * 64;
   call.states = floats(slots * call.num_heads * call.state_floats);
   run_all(call, items);
 }
@@ -210,35 +225,29 @@ void check_cache(const Tensor& q, const Tensor& cache, const char* name) {
                   name, ": expected [num_blocks, num_kv_heads, block_size, head_dim] of q's dtype and head_dim");
 }
 
-Tensor paged_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
-                       const Tensor& seq_lens, const Tensor& block_tables, const std::optional<Tensor>& group_seqs,
-                       const std::optional<Tensor>& groups, const std::optional<Tensor>& sinks, double softmax_scale,
-                       int64_t window_size, double softcap, bool packed) {
-  STD_TORCH_CHECK(q.dim() == 3 && (q.stride(2) == 1 || q.size(2) == 1),
-                  "q: expected [num_tokens, num_heads, head_dim], the last dimension contiguous");
-  check_cache(q, k, "cache.k");
-  check_cache(q, v, "cache.v");
-  STD_TORCH_CHECK(softmax_scale > 0, "softmax_scale: ", softmax_scale, "; expected more than 0");
-  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
-  Call call{};
-  call.type = type_of(q, "q");
-  call.packed = packed;
-  STD_TORCH_CHECK(!packed || (isa() == Isa::amx && call.type == Type::bf16 && k.is_contiguous() && v.is_contiguous() &&
-                              q.size(2) % 32 == 0 && k.size(2) % 32 == 0),
-                  "packed: expected bfloat16, head_dim and block_size multiples of 32, and a machine with AMX");
-  call.num_seqs = seq_lens.size(0);
+// Where keys and values lie. element: bytes of one of their numbers, or codes.
+void set_cache(Call& call, const Tensor& q, const Tensor& k, const Tensor& v, int64_t element) {
   call.num_heads = q.size(1);
   call.num_kv_heads = k.size(1);
   STD_TORCH_CHECK(v.size(1) == k.size(1) && v.size(2) == k.size(2) && call.num_heads % call.num_kv_heads == 0,
                   "q: ", call.num_heads, " heads; expected a multiple of the cache's ", call.num_kv_heads);
-  call.group = call.num_heads / call.num_kv_heads;
-  call.head_dim = q.size(2);
   call.block_size = k.size(2);
-  call.element = size_of(call.type);
-  call.q_token_stride = q.stride(0);
-  call.q_head_stride = q.stride(1);
-  call.q = static_cast<const char*>(q.const_data_ptr());
-  call.out = static_cast<char*>(out.mutable_data_ptr());
+  Work& work = call.common;
+  work.k = static_cast<const char*>(k.const_data_ptr());
+  work.v = static_cast<const char*>(v.const_data_ptr());
+  work.k_block_stride = k.stride(0) * element;
+  work.k_slot_stride = k.stride(2) * element;
+  work.v_block_stride = v.stride(0) * element;
+  work.v_slot_stride = v.stride(2) * element;
+  call.k_head_stride = k.stride(1) * element;
+  call.v_head_stride = v.stride(1) * element;
+  work.block_size = call.block_size;
+}
+
+// The batch's sequences: engines/batch.py.
+void set_batch(Call& call, const Tensor& q, const Tensor& cu_seqlens_q, const Tensor& seq_lens,
+               const Tensor& block_tables) {
+  call.num_seqs = seq_lens.size(0);
   call.starts = int32s(cu_seqlens_q, "cu_seqlens_q", 1);
   call.seq_lens = int32s(seq_lens, "seq_lens", 1);
   call.tables = int32s(block_tables, "block_tables", 2);
@@ -252,35 +261,96 @@ Tensor paged_attention(const Tensor& q, const Tensor& k, const Tensor& v, const 
                     "seq_lens: sequence ", i, " has ", call.seq_lens[i],
                     " tokens; expected at least its new ones and no more than its block table holds");
   }
-  if (sinks) {
-    STD_TORCH_CHECK(sinks->scalar_type() == ScalarType::Float && sinks->numel() == call.num_heads &&
-                        sinks->is_contiguous(),
+  call.shared.assign(call.num_seqs, 0);
+  call.slot.assign(call.num_seqs, -1);
+}
+
+// What the ops take besides q and the cache.
+struct Options {
+  const Tensor &cu_seqlens_q, &seq_lens, &block_tables;
+  const std::optional<Tensor>&group_seqs, &groups, &sinks;
+  double softmax_scale;
+  int64_t window_size;
+  double softcap;
+};
+
+// call: of which the cache is known.
+Tensor attend(Call& call, const Tensor& q, const Options& options) {
+  STD_TORCH_CHECK(options.softmax_scale > 0, "softmax_scale: ", options.softmax_scale, "; expected more than 0");
+  Tensor out = torch::stable::new_empty(q, {q.size(0), q.size(1), q.size(2)});
+  set_batch(call, q, options.cu_seqlens_q, options.seq_lens, options.block_tables);
+  call.group = call.num_heads / call.num_kv_heads;
+  call.head_dim = q.size(2);
+  call.element = size_of(call.type);
+  call.q_token_stride = q.stride(0);
+  call.q_head_stride = q.stride(1);
+  call.q = static_cast<const char*>(q.const_data_ptr());
+  call.out = static_cast<char*>(out.mutable_data_ptr());
+  if (options.sinks) {
+    STD_TORCH_CHECK(options.sinks->scalar_type() == ScalarType::Float && options.sinks->numel() == call.num_heads &&
+                        options.sinks->is_contiguous(),
                     "sinks: expected one float32 a head");
-    call.sinks = static_cast<const float*>(sinks->const_data_ptr());
+    call.sinks = static_cast<const float*>(options.sinks->const_data_ptr());
   }
   Work& work = call.common;
   work.type = call.type;
   work.head_dim = static_cast<int>(call.head_dim);
   work.has_sinks = call.sinks != nullptr;
-  work.k = static_cast<const char*>(k.const_data_ptr());
-  work.v = static_cast<const char*>(v.const_data_ptr());
-  work.k_block_stride = k.stride(0) * call.element;
-  work.k_slot_stride = k.stride(2) * call.element;
-  work.v_block_stride = v.stride(0) * call.element;
-  work.v_slot_stride = v.stride(2) * call.element;
-  call.k_head_stride = k.stride(1) * call.element;
-  call.v_head_stride = v.stride(1) * call.element;
-  work.block_size = call.block_size;
-  work.window = window_size;
-  work.scale = static_cast<float>(softmax_scale);
-  work.softcap = static_cast<float>(softcap);
-  call.shared.assign(call.num_seqs, 0);
-  call.slot.assign(call.num_seqs, -1);
-  if (group_seqs && groups)
-    attend_groups(call, int32s(*group_seqs, "group_seqs", 1), group_seqs->size(0), int32s(*groups, "groups", 2),
-                  groups->size(0));
+  work.window = options.window_size;
+  work.scale = static_cast<float>(options.softmax_scale);
+  work.softcap = static_cast<float>(options.softcap);
+  if (options.group_seqs && options.groups)
+    attend_groups(call, int32s(*options.group_seqs, "group_seqs", 1), options.group_seqs->size(0),
+                  int32s(*options.groups, "groups", 2), options.groups->size(0));
   attend_sequences(call);
   return out;
+}
+
+void check_q(const Tensor& q) {
+  STD_TORCH_CHECK(q.dim() == 3 && (q.stride(2) == 1 || q.size(2) == 1),
+                  "q: expected [num_tokens, num_heads, head_dim], the last dimension contiguous");
+}
+
+Tensor paged_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
+                       const Tensor& seq_lens, const Tensor& block_tables, const std::optional<Tensor>& group_seqs,
+                       const std::optional<Tensor>& groups, const std::optional<Tensor>& sinks, double softmax_scale,
+                       int64_t window_size, double softcap, bool packed) {
+  check_q(q);
+  check_cache(q, k, "cache.k");
+  check_cache(q, v, "cache.v");
+  Call call{};
+  call.type = type_of(q, "q");
+  call.packed = packed;
+  STD_TORCH_CHECK(!packed || (isa() == Isa::amx && call.type == Type::bf16 && k.is_contiguous() && v.is_contiguous() &&
+                              q.size(2) % 32 == 0 && k.size(2) % 32 == 0),
+                  "packed: expected bfloat16, head_dim and block_size multiples of 32, and a machine with AMX");
+  set_cache(call, q, k, v, size_of(call.type));
+  return attend(call, q, {cu_seqlens_q, seq_lens, block_tables, group_seqs, groups, sinks, softmax_scale, window_size,
+                          softcap});
+}
+
+Tensor quantized_attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& k_scales,
+                           const Tensor& v_scales, int64_t kind, const Tensor& cu_seqlens_q, const Tensor& seq_lens,
+                           const Tensor& block_tables, const std::optional<Tensor>& group_seqs,
+                           const std::optional<Tensor>& groups, const std::optional<Tensor>& sinks,
+                           double softmax_scale, int64_t window_size, double softcap) {
+  check_q(q);
+  Call call{};
+  call.type = type_of(q, "q");
+  Work& work = call.common;
+  work.codes = codes_of(kind);
+  STD_TORCH_CHECK(k.dim() == 4, "cache.k: expected 4 dimensions");
+  check_codes(k, k_scales, work.codes, k.size(1), q.size(2), "cache.k");
+  check_codes(v, v_scales, work.codes, k.size(1), q.size(2), "cache.v");
+  STD_TORCH_CHECK(v.size(0) == k.size(0), "cache.v: expected as many blocks as cache.k");
+  set_cache(call, q, k, v, 1);
+  work.k_scales = static_cast<const float*>(k_scales.const_data_ptr());
+  work.v_scales = static_cast<const float*>(v_scales.const_data_ptr());
+  work.scales_block_stride = k_scales.stride(0);
+  work.scales_slot_stride = k_scales.stride(2);
+  call.scales_head_stride = k_scales.stride(1);
+  return attend(call, q, {cu_seqlens_q, seq_lens, block_tables, group_seqs, groups, sinks, softmax_scale, window_size,
+                          softcap});
 }
 
 }  // namespace
@@ -290,8 +360,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cpu_ops, library) {
       "paged_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor seq_lens, Tensor block_tables, "
       "Tensor? group_seqs, Tensor? groups, Tensor? sinks, float softmax_scale, int window_size, float softcap, "
       "bool packed) -> Tensor");
+  library.def(
+      "quantized_attention(Tensor q, Tensor k, Tensor v, Tensor k_scales, Tensor v_scales, int kind, "
+      "Tensor cu_seqlens_q, Tensor seq_lens, Tensor block_tables, Tensor? group_seqs, Tensor? groups, Tensor? sinks, "
+      "float softmax_scale, int window_size, float softcap) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(cpu_ops, CPU, library) { library.impl("paged_attention", TORCH_BOX(&paged_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(cpu_ops, CPU, library) {
+  library.impl("paged_attention", TORCH_BOX(&paged_attention));
+  library.impl("quantized_attention", TORCH_BOX(&quantized_attention));
+}
 
 }  // namespace cpu_ops

@@ -7,6 +7,8 @@
 namespace cpu_ops {
 
 enum class Type : int { f32, f16, bf16 };
+// What a cache holds: numbers of q's type, or codes with scales of their own (engines/ops/kv_cache.py).
+enum class Codes : int { none, int8, int4, fp8 };
 
 // Keys that are scored at once, at positions that are multiples of it: sums are made in the same order in any batch.
 constexpr int kTile = 64;
@@ -16,7 +18,7 @@ constexpr int kRows = 64;
 constexpr int kLanes = 4;
 constexpr int kLaneRows = 16;
 // Floats before a row's sum in its state: its running maximum and denominator, as each kernel keeps them.
-constexpr int kStateHeader = 32;
+constexpr int kStateHeader = 48;
 
 // Up to kRows query rows of one KV head against the keys [begin, end) of one block table.
 struct Work {
@@ -37,6 +39,10 @@ struct Work {
   const char* v;
   int64_t k_block_stride, k_slot_stride, v_block_stride, v_slot_stride;  // in bytes
   int64_t block_size;
+  Codes codes;
+  const float* k_scales;     // as k, if there are codes: scale and offset of each vector; of fp8, scale
+  const float* v_scales;
+  int64_t scales_block_stride, scales_slot_stride;  // in floats
   int64_t window;            // 0: none
   float scale;
   float softcap;             // 0: none
@@ -44,7 +50,7 @@ struct Work {
 
 // Floats of scratch that a thread needs, aligned to 64 bytes.
 inline constexpr int64_t scratch_floats(int64_t head_dim) {
-  const int64_t padded = (head_dim + 31) / 32 * 32;
+  const int64_t padded = (head_dim + 63) / 64 * 64;
   return (2 * kRows + kTile) * padded + kTile * (padded + 16) + 2 * kRows * kTile + 4 * kRows;
 }
 
@@ -53,8 +59,13 @@ using Kernel = void (*)(const Work* works, int count, float* scratch);
 
 // The kernel of the instruction set in use; the one for packed caches needs AMX.
 Kernel kernel(bool packed);
+// The same for caches of codes.
+Kernel kernel_of_codes(Type type, Codes codes);
 
-namespace amx { void attend(const Work* works, int count, float* scratch); }  // bfloat16 in a packed cache (packed.h)
+namespace amx {
+void attend(const Work* works, int count, float* scratch);        // bfloat16 in a packed cache (packed.h)
+void attend_codes(const Work* works, int count, float* scratch);  // bfloat16 and float16; int8 and int4
+}  // namespace amx
 namespace avx512 { void attend(const Work* works, int count, float* scratch); }
 namespace avx2 { void attend(const Work* works, int count, float* scratch); }
 namespace baseline { void attend(const Work* works, int count, float* scratch); }

@@ -5,6 +5,7 @@
 // Names: R rows, T keys of a tile, D head_dim, W floats of a vector register.
 
 #include "attention_vector.h"
+#include "kv_codes_vector.h"
 
 namespace cpu_ops {
 namespace ISA {
@@ -81,8 +82,27 @@ void multiply(float* to, int to_stride, const float* a, int a_stride, const floa
   for (; c < columns; c += W) multiply_rows<1>(to + c, to_stride, a, a_stride, b + c, b_stride, n, factor, rows);
 }
 
+// A tile's keys, as load_keys leaves them, and its values [T][padded], of the cache's own type or of codes.
+template <Type type> void load_tile(float* k, float* v, const Rows& rows, const Work& work, int padded) {
+  const int D = work.head_dim;
+  if (work.codes == Codes::none) {
+    load_keys<type>(k, rows.k, rows.count, D);
+    for (int t = 0; t < rows.count; ++t) widen_row<type>(v + t * padded, rows.v[t], D);
+  } else {
+    const char* wide[kTile];
+    for (int t = 0; t < rows.count; ++t) {
+      widen_codes(v + t * padded, rows.k[t], work.codes, rows.k_scales[t], D);
+      wide[t] = reinterpret_cast<const char*>(v + t * padded);
+    }
+    load_keys<Type::f32>(k, wide, rows.count, D);
+    for (int t = 0; t < rows.count; ++t) widen_codes(v + t * padded, rows.v[t], work.codes, rows.v_scales[t], D);
+  }
+  if (rows.count < kTile) __builtin_memset(v + rows.count * padded, 0, (kTile - rows.count) * padded * sizeof(float));
+}
+
 template <Type type> void attend_typed(const Work& work, float* scratch) {
   const int D = work.head_dim, padded = (D + 15) / 16 * 16, rows = work.num_rows;
+  const int row_bytes = work.codes == Codes::none ? D * kBytes<type> : work.codes == Codes::int4 ? (D + 1) / 2 : D;
   float* q = scratch;
   float* out = q + kRows * padded;
   float* v = out + kRows * padded;
@@ -103,15 +123,11 @@ template <Type type> void attend_typed(const Work& work, float* scratch) {
     now = next;
     next = done;
     locate(*next, work, first + kTile);
-    for (int t = 0; t < kTile; ++t) {
-      if (t < next->count) {
-        prefetch(next->k[t], D * kBytes<type>);
-        prefetch(next->v[t], D * kBytes<type>);
-      }
-      if (t < now->count) widen_row<type>(v + t * padded, now->v[t], D);
-      else __builtin_memset(v + t * padded, 0, padded * sizeof(float));
+    for (int t = 0; t < next->count; ++t) {
+      prefetch(next->k[t], row_bytes);
+      prefetch(next->v[t], row_bytes);
     }
-    load_keys<type>(k, now->k, now->count, D);
+    load_tile<type>(k, v, *now, work, padded);
     multiply(scores, kTile, q, padded, k, kTile, D, nullptr, rows, kTile);
     for (int r = 0; r < rows; ++r)
       factor[r] = weigh(scores + r * kTile, first, work.position[r], work, maximum[r], sum[r]);

@@ -219,6 +219,8 @@ struct Rows {
   int count;
   const char* k[kTile];
   const char* v[kTile];
+  const float* k_scales[kTile];  // if there are codes
+  const float* v_scales[kTile];
 };
 
 inline void locate(Rows& rows, const Work& work, int64_t first) {
@@ -233,6 +235,10 @@ inline void locate(Rows& rows, const Work& work, int64_t first) {
     for (; slot < work.block_size && t < rows.count; ++slot, ++t, k += work.k_slot_stride, v += work.v_slot_stride) {
       rows.k[t] = k;
       rows.v[t] = v;
+      if (work.codes == Codes::none) continue;
+      const int64_t at = *table * work.scales_block_stride + slot * work.scales_slot_stride;
+      rows.k_scales[t] = work.k_scales + at;
+      rows.v_scales[t] = work.v_scales + at;
     }
   }
 }

@@ -26,10 +26,10 @@ constexpr const char* kNames[] = {"baseline", "avx2", "avx512", "amx"};
 // Linux gives a process the tiles' state on request: Documentation/arch/x86/xstate.rst.
 bool has_amx() {
   constexpr long kRequestPermission = 0x1023, kTileData = 18;
-  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24;
+  constexpr unsigned kAmxBf16 = 1u << 22, kAmxTile = 1u << 24, kAmxInt8 = 1u << 25;
   unsigned a = 0, b = 0, c = 0, d = 0;
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  return (d & kAmxBf16) && (d & kAmxTile) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  return (d & kAmxBf16) && (d & kAmxTile) && (d & kAmxInt8) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 #endif
 

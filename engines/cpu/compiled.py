@@ -7,9 +7,9 @@ from torch import Tensor
 
 from engines.batch import Batch, PrefixGroup
 from engines.cpu import memory
-from engines.ops import activation, kv_cache, norm, rotary, sampling
+from engines.ops import OpSet, activation, kv_cache, norm, rotary, sampling
 from engines.ops import attention as reference
-from engines.ops.kv_cache import KVCache
+from engines.ops.kv_cache import KVCache, QuantizedKVCache
 
 
 class PackedKVCache(KVCache):
@@ -59,6 +59,42 @@ def paged_attention(
         window_size,
         softcap,
         isinstance(cache, PackedKVCache),
+    )
+    return result
+
+
+CODES = {"int8": 1, "int4": 2, "fp8": 3}
+"""As csrc/cpu/attention.h numbers them."""
+
+
+def quantized_attention(
+    q: Tensor,
+    cache: QuantizedKVCache,
+    batch: Batch,
+    softmax_scale: float,
+    window_size: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """As the reference, in the tiles of paged_attention: keys and values are not rounded to q's dtype."""
+    if q.dtype == torch.float64:
+        return reference.quantized_attention(OpSet(), q, cache, batch, softmax_scale, window_size, softcap, sinks)
+    assert batch.block_tables is not None
+    result: Tensor = torch.ops.cpu_ops.quantized_attention(
+        q,
+        cache.k,
+        cache.v,
+        cache.k_scales,
+        cache.v_scales,
+        CODES[cache.kv_dtype],
+        batch.cu_seqlens_q,
+        batch.seq_lens,
+        batch.block_tables,
+        *_flat(batch.prefix_groups),
+        None if sinks is None else sinks.float(),
+        softmax_scale,
+        window_size,
+        softcap,
     )
     return result
 
@@ -134,6 +170,15 @@ def write_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None
         torch.ops.cpu_ops.write_kv_packed(k, v, cache.k, cache.v, slot_mapping)
         return None
     torch.ops.cpu_ops.write_kv(k, v, cache.k, cache.v, slot_mapping)
+
+
+def write_quantized_kv(k: Tensor, v: Tensor, cache: QuantizedKVCache, slot_mapping: Tensor) -> None:
+    """As the reference, to the same bits. A vector with a number that is not finite is read back as NaN."""
+    if k.dtype == torch.float64:
+        return kv_cache.write_quantized_kv(k, v, cache, slot_mapping)
+    codes, scales = (cache.k, cache.v), (cache.k_scales, cache.v_scales)
+    torch.ops.cpu_ops.write_quantized_kv(k, v, *codes, *scales, slot_mapping, CODES[cache.kv_dtype])
+    return None
 
 
 def argmax(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -68,12 +68,13 @@ OPS: dict[str, dict[str, Allowed]] = {
 
 COMPILED = frozenset(
     {
-        *("paged_attention", "encoder_attention", "rope", "write_kv"),
+        *("paged_attention", "quantized_attention", "encoder_attention"),
+        *("rope", "write_kv", "write_quantized_kv"),
         *("rms_norm", "add_rms_norm", "layer_norm", "act", "act_and_mul", "log_softmax_gather"),
     }
 )
 """Ops of the compiled library; without it they are the slower ones of torch, and the plan says so."""
-PLAIN_TORCH = frozenset({"write_quantized_kv", "quantized_attention", "write_latent", "latent_attention"})
+PLAIN_TORCH = frozenset({"write_latent", "latent_attention"})
 """Ops that no library compiles: right, and slower than they could be."""
 
 

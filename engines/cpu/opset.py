@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from torch import Tensor
+
 from engines import extension, ops
 from engines.cpu import attention, linear, memory
 
@@ -14,6 +18,7 @@ class OpSet(ops.OpSet):
     linear = staticmethod(linear.linear)
     paged_attention = staticmethod(attention.paged_attention)
     allocate_kv_cache = staticmethod(memory.allocate_kv_cache)
+    quantized_attention: Callable[..., Tensor]
 
     def __init__(self) -> None:
         memory.keep_freed_memory()
@@ -25,6 +30,8 @@ class OpSet(ops.OpSet):
             self.allocate_kv_cache = compiled.allocate_kv_cache
             self.rms_norm, self.add_rms_norm = compiled.rms_norm, compiled.add_rms_norm
             self.rope, self.write_kv = compiled.rope, compiled.write_kv
+            self.quantized_attention = compiled.quantized_attention
+            self.write_quantized_kv = compiled.write_quantized_kv
             self.layer_norm, self.encoder_attention = compiled.layer_norm, compiled.encoder_attention
             self.act, self.act_and_mul, self.argmax = compiled.act, compiled.act_and_mul, compiled.argmax
             self.log_softmax_gather = compiled.log_softmax_gather

@@ -11,7 +11,7 @@ from torch import Tensor
 from engines import extension
 from engines.cpu.opset import OpSet
 from engines.ops import activation, kv_cache, norm, rotary, sampling
-from engines.ops.kv_cache import KVCache
+from engines.ops.kv_cache import KVCache, KVDtype
 from tests.compare import assert_as_exact
 
 pytestmark = pytest.mark.skipif(extension.reason() is not None, reason=str(extension.reason()))
@@ -122,6 +122,37 @@ def test_write_kv_outside_the_cache_is_refused() -> None:
     k = torch.zeros(1, 1, 8)
     with pytest.raises(RuntimeError, match=r"slot_mapping: 8; expected 0 to 7"):
         OpSet().write_kv(k, k, cache, torch.tensor([8]))
+
+
+@every_dtype
+@pytest.mark.parametrize("kv_dtype", ("int8", "int4", "fp8"))
+def test_a_vector_that_is_not_finite_is_read_back_as_nan(dtype: torch.dtype, kv_dtype: KVDtype) -> None:
+    k, v = (numbers(9, 2, 33, dtype=dtype, seed=seed) for seed in (0, 1))
+    k[1, 0, 32], k[2, 1, 0], v[3, 1, 7] = float("nan"), float("inf"), float("-inf")
+    ops, slots = OpSet(), torch.arange(9)
+    found, expected = (ops.allocate_quantized_kv_cache(3, 4, 2, 33, kv_dtype, torch.device("cpu")) for _ in "ab")
+    ops.write_quantized_kv(k, v, found, slots)
+    kv_cache.write_quantized_kv(k, v, expected, slots)
+    for x, codes, scales, other in (
+        (k, found.k, found.k_scales, (expected.k, expected.k_scales)),
+        (v, found.v, found.v_scales, (expected.v, expected.v_scales)),
+    ):
+        bad = ~x.isfinite().all(-1, keepdim=True).expand(x.shape)
+        back, right = (
+            kv_cache.dequantize_vectors(*of, kv_dtype, 33, torch.float32).transpose(1, 2).flatten(0, 1)[:9]
+            for of in ((codes, scales), other)
+        )
+        assert bad.any()
+        assert torch.equal(back.isnan(), bad)
+        assert torch.equal(back[~bad], right[~bad])
+
+
+def test_write_quantized_kv_outside_the_cache_is_refused() -> None:
+    ops = OpSet()
+    cache = ops.allocate_quantized_kv_cache(2, 4, 1, 8, "int4", torch.device("cpu"))
+    k = torch.zeros(1, 1, 8)
+    with pytest.raises(RuntimeError, match=r"slot_mapping: -1; expected 0 to 7"):
+        ops.write_quantized_kv(k, k, cache, torch.tensor([-1]))
 
 
 @every_dtype

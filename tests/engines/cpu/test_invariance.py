@@ -14,7 +14,7 @@ from torch import Tensor
 from engines import extension
 from engines.batch import Batch
 from engines.cpu.opset import OpSet
-from tests.attention_cases import Case, Inputs, make, stored
+from tests.attention_cases import Case, Inputs, make, quantized, stored
 from tests.compare import assert_bitwise_equal
 
 pytestmark = pytest.mark.skipif(extension.reason() is not None, reason=str(extension.reason()))
@@ -45,9 +45,13 @@ def paged_cases(draw: st.DrawFn) -> Case:
     )
 
 
-def attend(case: Case, inputs: Inputs) -> Tensor:
+def attend(case: Case, inputs: Inputs, kv_dtype: str) -> Tensor:
     ops = OpSet()
-    out: Tensor = ops.paged_attention(inputs.q, stored(ops, inputs.cache), inputs.batch, SCALE, **case.options())
+    if kv_dtype == "auto":
+        op, cache = ops.paged_attention, stored(ops, inputs.cache)
+    else:
+        op, cache = ops.quantized_attention, quantized(inputs.cache, kv_dtype)
+    out: Tensor = op(inputs.q, cache, inputs.batch, SCALE, **case.options())
     return out
 
 
@@ -63,12 +67,13 @@ def only(batch: Batch, seq: int, num_new: int, length: int) -> Batch:
     )
 
 
+@pytest.mark.parametrize("kv_dtype", ("auto", "int8", "int4", "fp8"))
 @few
 @given(case=paged_cases(), dtype=DTYPES, data=st.data())
-def test_paged_attention(case: Case, dtype: torch.dtype, data: st.DataObject) -> None:
+def test_paged_attention(kv_dtype: str, case: Case, dtype: torch.dtype, data: st.DataObject) -> None:
     """Alone or together, in a prefix group or not, and the new tokens cut anywhere."""
     inputs = make(case, dtype)
-    together = attend(case, inputs)
+    together = attend(case, inputs, kv_dtype)
     starts = inputs.batch.cu_seqlens_q.tolist()
     seq = data.draw(st.integers(0, len(case.lens) - 1))
     first = data.draw(st.integers(0, case.new[seq] - 1))
@@ -76,7 +81,7 @@ def test_paged_attention(case: Case, dtype: torch.dtype, data: st.DataObject) ->
     length = case.lens[seq] - case.new[seq] + last
     part = slice(starts[seq] + first, starts[seq] + last)
     alone = replace(inputs, q=inputs.q[part], batch=only(inputs.batch, seq, last - first, length))
-    assert_bitwise_equal(attend(case, alone), together[part])
+    assert_bitwise_equal(attend(case, alone, kv_dtype), together[part])
 
 
 @few

@@ -223,20 +223,28 @@ def in_process(isa: str, script: str) -> subprocess.CompletedProcess[str]:
 
 LEVELS = """
 import torch
+from engines import ops
 from engines.cpu.opset import OpSet
-from engines.ops import attention as reference
-from tests.attention_cases import CASES, make, stored, widened
-ops = OpSet()
-for case in CASES:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        given = make(case, dtype)
-        rest = (given.batch, 0.2)
-        exact = reference.paged_attention(given.q.double(), widened(given.cache), *rest, **case.options())
-        if exact.numel():
-            plain = reference.paged_attention(given.q, given.cache, *rest, **case.options())
-            found = ops.paged_attention(given.q, stored(ops, given.cache), *rest, **case.options())
-            allowed = 2 * (plain.double() - exact).abs().max() + 2**-22 * max(1.0, exact.abs().max())
-            assert (found.double() - exact).abs().max() <= allowed, (case.name, dtype)
+from tests.attention_cases import stored
+from tests.cases import call, cases, convert
+from tests.compare import assert_as_exact
+compiled, reference, run = OpSet(), ops.OpSet(), set()
+for case in cases():
+    if ops.origin(compiled, case.op) != "engines.cpu.compiled":
+        continue
+    run.add(case.op)
+    for dtype in case.dtypes:
+        given = case.arguments(dtype)
+        exact = call(reference, case, convert(given, torch.float64))
+        plain = call(reference, case, given)
+        if case.op == "paged_attention":
+            given = (given[0], stored(compiled, given[1]), *given[2:])
+        for results in zip(call(compiled, case, given), exact, plain, strict=True):
+            try:
+                assert_as_exact(*results)
+            except AssertionError as error:
+                raise AssertionError(f"{case}, {dtype}") from error
+print(*sorted(run))
 lines = open("/proc/self/maps").read().splitlines()
 runtimes = {line.split()[-1] for line in lines if any(name in line for name in ("gomp", "libomp", "iomp"))}
 assert len(runtimes) == 1, runtimes
@@ -246,11 +254,12 @@ assert len(runtimes) == 1, runtimes
 @needs_library
 @pytest.mark.parametrize("isa", ("baseline", "avx2", "avx512", "amx"))
 def test_every_instruction_set_is_exact(isa: str) -> None:
-    """Also: the library brings no second OpenMP runtime into the process."""
+    """Every op of the library. Also: it brings no second OpenMP runtime into the process."""
     done = in_process(isa, LEVELS)
     if isa != "baseline" and "at most" in done.stderr:
         pytest.skip(f"this processor has no {isa}")
     assert done.returncode == 0, done.stderr
+    assert set(done.stdout.split()) >= COMPILED
 
 
 @needs_library
