@@ -1,11 +1,12 @@
 """The machine that a plan is for: this one, probed, or one described in YAML.
 
-torch is imported inside `probe`, and only when an NVIDIA driver is there, and inside `measure`: deciding for a CPU
-takes a few milliseconds.
+torch is imported inside `probe`, and only when an accelerator's driver is there, and inside `measure`: deciding for a
+CPU takes a few milliseconds. Kinds of accelerators are the modules of engines/platforms.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import platform as python_platform
@@ -16,9 +17,53 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+from engines import discover
 
 GIB = 1 << 30
 CUDA_EXTENSION, CPU_EXTENSION = "cuda", "cpu"
+
+
+@dataclass(frozen=True)
+class Platform:
+    """A kind of accelerator: how torch and Triton reach it. A module of engines/platforms has one, by this name."""
+
+    maker: str
+    module: str
+    """torch.<module>, which is the type of its torch.device too."""
+    drivers: tuple[str, ...]
+    """Files and programs, any of which shows that a driver is installed."""
+    visible: str
+    """Environment variable that names the devices which a process may use."""
+    remedy: str
+    """How to get a torch that knows the device."""
+    graph: str
+    """Class in torch.<module> for captured steps; torch.<module>.graph captures into it."""
+    collectives: str
+    """Backend of torch.distributed."""
+    version: str | None = None
+    """torch.version.<version> is set where torch was built for it; None: `package` brings it."""
+    package: str | None = None
+    """Imported so that torch knows the device."""
+    bfloat16_since: tuple[int, int] | None = None
+    """Compute capability; None: all have it."""
+    float64: bool = True
+    """Whether its kernels compute in float64; if not, what needs it (drawing tokens) is done on the processor."""
+    block_sizes: tuple[int, ...] = ()
+    """Tokens in a block of the KV cache, ascending; empty: any power of two."""
+
+
+@functools.cache
+def platforms() -> dict[str, Platform]:
+    """Kinds of accelerators by the name that configurations have for them; cuda first, as most torch builds are its."""
+    found = {name: module.PLATFORM for name, module in discover.modules("engines.platforms").items()}
+    return dict(sorted(found.items(), key=lambda item: (item[0] != "cuda", item[0])))
+
+
+def platform_of(device_type: str) -> Platform:
+    """The platform behind a type of torch.device. Those that share one (cuda) share what is asked of it here."""
+    return next(platform for platform in platforms().values() if platform.module == device_type)
 
 
 @dataclass(frozen=True)
@@ -57,7 +102,7 @@ class Host:
     c_compiler: bool = True
     """Whether there is one, as triton needs it to launch what it compiles. Assumed of a described host."""
     problems: tuple[str, ...] = ()
-    """What stands between this machine and its accelerator, in sentences."""
+    """What stands between this machine and its accelerators, in sentences."""
 
     @property
     def described(self) -> bool:
@@ -125,12 +170,17 @@ def probe(price_per_hour: float | None = None) -> Host:
         triton=importlib.util.find_spec("triton") is not None,
         c_compiler=bool(os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))),
     )
-    return _with_accelerator(host) if driver_present() else host
+    for kind, platform in platforms().items():
+        if host.device == "cpu" and driver_present(platform):
+            host = _with_accelerator(host, kind, platform)
+    return host
 
 
-def driver_present() -> bool:
-    """Whether an NVIDIA driver is installed: the question that decides whether torch is worth importing."""
-    return Path("/proc/driver/nvidia/version").exists() or shutil.which("nvidia-smi") is not None
+def driver_present(platform: Platform) -> bool:
+    """Whether a driver is installed: the question that decides whether torch is worth importing."""
+    return any(
+        Path(name).exists() if name.startswith("/") else shutil.which(name) is not None for name in platform.drivers
+    )
 
 
 def installed_extensions() -> frozenset[str]:
@@ -153,10 +203,11 @@ def is_bf16_supported(host: Host, on_cpu: bool = False) -> bool:
     """Whether the host's device, or its processor, multiplies bfloat16 natively (NVIDIA: sm 8.0 and CUDA 11)."""
     if on_cpu or host.device == "cpu":
         return "bfloat16" in host.cpu_dtypes
-    if host.device == "cuda":
-        recent = host.cuda is None or int(host.cuda.split(".")[0]) >= 11
-        return recent and host.compute_capability is not None and host.compute_capability >= (8, 0)
-    return host.device in ("rocm", "xpu", "ascend", "maca", "camb")
+    since = platforms()[host.device].bfloat16_since
+    if since is None:
+        return True
+    recent = host.cuda is None or int(host.cuda.split(".")[0]) >= 11
+    return recent and host.compute_capability is not None and host.compute_capability >= since
 
 
 def resolve_dtype(wanted: str, checkpoint: str, host: Host, on_cpu: bool) -> tuple[str, str | None]:
@@ -185,15 +236,46 @@ def cuda_blockers(host: Host, minimum: tuple[int, int]) -> list[str]:
     """Why an engine for NVIDIA devices cannot run on this host, in sentences; [] if it can."""
     if host.problems and host.device == "cpu":
         return list(host.problems)
+    if host.device == "cpu" and host.described:
+        return [f"cuda is not available. Host {host.name} has no accelerator: use backend=cpu"]
     if host.device == "cpu":
-        return ["no CUDA device: " + (f"host {host.name} has none" if host.described else "no NVIDIA driver was found")]
+        return ["cuda is not available. No NVIDIA driver was found: install one, or use backend=cpu"]
     if host.device != "cuda":
-        return [f"device {host.device}: expected cuda"]
+        return [f"device {host.device}: expected cuda; use backend=triton or backend=cpu"]
     if host.compute_capability is None:
         return ["compute capability unknown: host.compute_capability is not given"]
     if host.compute_capability < minimum:
-        return [f"{_device(host)} < {minimum[0]}.{minimum[1]}"]
+        return [f"{_device(host)} < {minimum[0]}.{minimum[1]}: use a newer GPU, or backend=cpu"]
     return []
+
+
+def accelerator_blockers(host: Host, minimum: tuple[int, int]) -> list[str]:
+    """Why an engine for every accelerator cannot run on this host, in sentences; minimum: of NVIDIA devices."""
+    return [] if host.device in platforms() and host.device != "cuda" else cuda_blockers(host, minimum)
+
+
+def torch_device(host: Host) -> str:
+    """The type of torch.device of the host's accelerator."""
+    return platforms()[host.device].module
+
+
+def untried(host: Host) -> str | None:
+    """The sentence for accelerators that this code was written for and has not run on; None for the others."""
+    if host.device in ("cpu", "cuda"):
+        return None
+    return (
+        f"device {host.device}: written to its published interface and tested with a stand-in, never run on one: try a "
+        "few rows first"
+    )
+
+
+def fit_block_size(block_size: int, host: Host) -> tuple[int, str | None]:
+    """(a block size that the host's accelerator can have, why if it is not the one asked for)."""
+    allowed = platforms()[host.device].block_sizes if host.device != "cpu" else ()
+    if not allowed or block_size in allowed:
+        return block_size, None
+    fitting = max((size for size in allowed if size <= block_size), default=allowed[0])
+    return fitting, f"block_size {fitting} instead of {block_size}: {host.device} has {', '.join(map(str, allowed))}"
 
 
 def _device(host: Host) -> str:
@@ -267,28 +349,52 @@ def _control_group() -> tuple[int, int]:
     return 0, 0
 
 
-def _with_accelerator(host: Host) -> Host:
-    """The host with the NVIDIA devices that torch sees, or with the reason why it sees none."""
+def _with_accelerator(host: Host, kind: str, platform: Platform) -> Host:
+    """The host with the devices of that kind that torch sees, or with the reason why it sees none."""
     import torch
 
-    if torch.version.cuda is None:
-        problem = (
-            f"an NVIDIA driver is here, but torch {torch.__version__} was built without CUDA: install a CUDA build"
+    driver = f"an {platform.maker} driver is here"
+    if platform.package is not None:
+        try:
+            importlib.import_module(platform.package)
+        except ImportError as error:
+            return _with_problem(host, kind, f"{driver}, but {platform.package} is not ({error}): {platform.remedy}")
+    built = platform.version is None or getattr(torch.version, platform.version, None) is not None
+    module: Any = getattr(torch, platform.module, None)
+    if not built or module is None:
+        name = {"cuda": "CUDA", "rocm": "ROCm"}.get(kind, kind)
+        return _with_problem(
+            host, kind, f"{driver}, but torch {torch.__version__} was built without {name}: {platform.remedy}"
         )
-        return replace(host, problems=(problem,))
-    if not torch.cuda.is_available():
-        return replace(host, problems=(_no_device(torch.__version__, torch.version.cuda, _driver_cuda()),))
-    free, total = torch.cuda.mem_get_info(0)
-    name = torch.cuda.get_device_name(0)
+    if not module.is_available():
+        driver_cuda = _driver_cuda() if kind == "cuda" else None
+        return _with_problem(host, kind, _no_device(platform, torch.__version__, torch.version.cuda, driver_cuda))
+    free, total = module.mem_get_info(0)
+    names = [module.get_device_name(i) for i in range(module.device_count())]
     return replace(
         host,
-        device="cuda",
-        device_name=name,
-        num_devices=sum(torch.cuda.get_device_name(i) == name for i in range(torch.cuda.device_count())),
-        compute_capability=torch.cuda.get_device_capability(0),
+        device=kind,
+        device_name=names[0],
+        num_devices=names.count(names[0]),
+        compute_capability=module.get_device_capability(0) if kind == "cuda" else None,
         memory_bytes=total,
         free_bytes=free,
-        cuda=torch.version.cuda,
+        cuda=torch.version.cuda if kind == "cuda" else None,
+        problems=_different_devices(names, platform),
+    )
+
+
+def _with_problem(host: Host, kind: str, text: str) -> Host:
+    return replace(host, problems=(*host.problems, f"{kind} is not available. {text[0].upper()}{text[1:]}"))
+
+
+def _different_devices(names: list[str], platform: Platform) -> tuple[str, ...]:
+    if len(set(names)) == 1:
+        return ()
+    counts = ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
+    return (
+        f"several different devices: {counts}; expected equal ones, so only {names[0]} is counted on; set "
+        f"{platform.visible} to the devices of one kind",
     )
 
 
@@ -305,16 +411,17 @@ def _driver_cuda() -> str | None:
     return found[1] if found else None
 
 
-def _no_device(torch_version: str, runtime: str, driver: str | None) -> str:
+def _no_device(platform: Platform, torch_version: str, runtime: str | None, driver: str | None) -> str:
     """Why torch finds no device although a driver is there. runtime, driver: CUDA versions."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if driver is not None and int(driver.split(".")[0]) < int(runtime.split(".")[0]):
+    visible = os.environ.get(platform.visible)
+    if driver is not None and runtime is not None and int(driver.split(".")[0]) < int(runtime.split(".")[0]):
         return (
-            f"no CUDA device: the driver supports CUDA {driver}, torch {torch_version} was built for {runtime}: update "
-            f"the driver, or install a torch built for CUDA {driver.split('.')[0]}"
+            f"the driver supports CUDA {driver}, torch {torch_version} was built for {runtime}: update the driver, or "
+            f"install a torch built for CUDA {driver.split('.')[0]}"
         )
-    reason = f"CUDA_VISIBLE_DEVICES is {visible!r}" if visible is not None else "run nvidia-smi to see why"
-    return f"no CUDA device: torch {torch_version} finds none ({reason})"
+    program = next((name for name in platform.drivers if not name.startswith("/")), "the vendor's monitor")
+    reason = f"{platform.visible} is {visible!r}" if visible is not None else f"run {program} to see why"
+    return f"torch {torch_version} finds no device ({reason})"
 
 
 def measure(host: Host, dtype: str) -> Host:

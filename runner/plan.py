@@ -19,7 +19,7 @@ from engines.api import CheckpointError, EngineConfig, EngineSettings, Kind, Req
 from engines.capability import Offer, difference, quantization_attributes, reference_ops
 from engines.checkpoint import Checkpoint, open_checkpoint
 from engines.models.spec import EncoderSpec, ModelSpec, requirements
-from engines.platform import Host, describe, probe, resolve_dtype
+from engines.platform import Host, describe, fit_block_size, probe, resolve_dtype, torch_device, untried
 from runner.config import HostConfig, JobConfig
 from runner.errors import ConfigError, EngineError, InputError
 from runner.fingerprint import fingerprint
@@ -166,13 +166,17 @@ def resolve(job: JobConfig, checkpoint: Checkpoint, host: Host, kind: Kind, thro
     notes += pooling_notes + length_notes
     config, lost = convert(config, chosen.engine)
     notes += lost
+    if chosen.engine != "cpu":
+        block_size, changed = fit_block_size(config.block_size, host)
+        config = replace(config, block_size=block_size)
+        notes += [text for text in (changed, untried(host), *host.problems) if text is not None]
     settings = EngineSettings(
         backend=chosen.engine,
         model_path=checkpoint.path,
         dtype=chosen.dtype,
         config=replace(config, dtype=chosen.dtype),
         kind=kind,
-        device="cpu" if chosen.engine == "cpu" else "cuda",
+        device="cpu" if chosen.engine == "cpu" else torch_device(host),
         pooling=pooling,
         normalize=normalize,
         eos_token_ids=checkpoint.eos_token_ids,

@@ -15,7 +15,7 @@ from engines import discover
 from engines.api import Kind
 from engines.capability import difference
 from engines.models.spec import DecoderSpec, ModelSpec, requirements
-from engines.platform import Host
+from engines.platform import Host, platforms
 from runner.plan import ORDER
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -56,7 +56,11 @@ DEVICE_EVIDENCE = {
     "ARM CPU, Linux": (UNTESTED, "plain torch serves it; nothing was run there"),
     "macOS": (UNTESTED, "plain torch serves it; nothing was run there"),
     "NVIDIA GPU": (UNTESTED, "kernels were compiled, and checked on a processor; engines/gpu_ledger.json is empty"),
-    "AMD, Intel, Ascend, MetaX, Cambricon": (UNTESTED, "no engine offers them; jobs run on the CPU"),
+    **{
+        f"{platform.maker} ({name})": (SIMULATED, "found and planned for by tests/engines/test_platform.py; never run")
+        for name, platform in platforms().items()
+        if name != "cuda"
+    },
     "Python 3.11, torch 2.13, transformers 5.23": (TESTED, "all tests run with them"),
     "Python 3.10, 3.12, 3.13": (UNTESTED, "constraints.txt resolves for them; nothing was run"),
     "torch 2.11, 2.12": (UNTESTED, "the compiled libraries use nothing newer; nothing was run"),

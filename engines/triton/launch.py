@@ -8,6 +8,8 @@ import torch
 import triton
 from torch import Tensor
 
+from engines.platform import platform_of
+
 GENERIC = (0, 0)
 """Capability of devices that are not NVIDIA's: kernels then take their smallest tiles."""
 
@@ -32,6 +34,12 @@ def capability(device: torch.device) -> tuple[int, int]:
     if device.type != "cuda" or torch.version.cuda is None:
         return GENERIC
     return _capability(device)
+
+
+@functools.cache
+def has_float64(device_type: str) -> bool:
+    """Whether kernels on devices of this type compute in float64."""
+    return device_type == "cpu" or platform_of(device_type).float64
 
 
 @functools.cache

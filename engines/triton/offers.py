@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from engines.api import EngineConfig
 from engines.capability import ANYTHING, DENSE_ONLY, YES, Allowed, Offer, one_of
 from engines.discover import names
-from engines.platform import Host, cuda_blockers
+from engines.platform import Host, accelerator_blockers
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ REFERENCE = frozenset(
 
 
 def offers(host: Host) -> Offer:
-    blockers = cuda_blockers(host, MINIMUM)
+    blockers = accelerator_blockers(host, MINIMUM)
     if "opset" not in names("engines.triton"):
         blockers.append("the triton engine is not part of this version: there is no engines/triton/opset.py")
     elif not host.triton:

@@ -12,13 +12,16 @@ of top_k and top_p.
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from engines.ops import sampling as ops
 from engines.ops.sampling import SamplingBatch
-from engines.triton.launch import power_of_two
+from engines.triton.launch import has_float64, power_of_two
 
 BLOCK = 1024
 
@@ -267,7 +270,10 @@ def log_softmax_gather_kernel(
 
 
 def sample(logits: Tensor, params: SamplingBatch) -> Tensor:
-    """As the reference. Sums of weights are made in another order, in float64."""
+    """As the reference. Sums of weights are made in another order, in float64: on the processor for devices without."""
+    if not has_float64(logits.device.type):
+        columns = (getattr(params, field.name).cpu() for field in fields(params))
+        return ops.sample(logits.float().cpu(), SamplingBatch(*columns)).to(logits.device)
     rows, vocab = logits.shape
     logits = logits.float()
     logits = logits if logits.stride(1) == 1 or vocab == 1 else logits.contiguous()

@@ -235,7 +235,10 @@ def test_an_absent_extension_is_named() -> None:
 
     host = Host("this", "cuda", compute_capability=(9, 0))
     assert offers.offers(host).blockers == ("compiled extension absent: reinstall with nvcc on PATH",)
-    assert offers.offers(Host("this", "cuda", compute_capability=(7, 5))).blockers[0] == "sm 7.5 < 8.0"
+    assert (
+        offers.offers(Host("this", "cuda", compute_capability=(7, 5))).blockers[0]
+        == "sm 7.5 < 8.0: use a newer GPU, or backend=cpu"
+    )
 
 
 def test_a_missing_triton_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

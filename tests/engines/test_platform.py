@@ -10,7 +10,20 @@ from types import SimpleNamespace
 import pytest
 
 from engines import platform
-from engines.platform import Host, cuda_blockers, describe, is_bf16_supported, measure, probe, resolve_dtype
+from engines.platform import (
+    Host,
+    accelerator_blockers,
+    cuda_blockers,
+    describe,
+    fit_block_size,
+    is_bf16_supported,
+    measure,
+    platforms,
+    probe,
+    resolve_dtype,
+    torch_device,
+    untried,
+)
 
 
 def cuda(sm: tuple[int, int] | None, version: str | None = "12.8") -> Host:
@@ -84,11 +97,11 @@ def test_resolve_dtype(wanted: str, checkpoint: str, host: Host, on_cpu: bool, d
     ("host", "expected"),
     [
         (cuda((8, 0)), []),
-        (cuda((7, 0)), ["sm 7.0 < 8.0"]),
+        (cuda((7, 0)), ["sm 7.0 < 8.0: use a newer GPU, or backend=cpu"]),
         (cuda(None), ["compute capability unknown: host.compute_capability is not given"]),
-        (cpu(), ["no CUDA device: no NVIDIA driver was found"]),
-        (cpu(name="laptop"), ["no CUDA device: host laptop has none"]),
-        (Host(name="x", device="rocm"), ["device rocm: expected cuda"]),
+        (cpu(), ["cuda is not available. No NVIDIA driver was found: install one, or use backend=cpu"]),
+        (cpu(name="laptop"), ["cuda is not available. Host laptop has no accelerator: use backend=cpu"]),
+        (Host(name="x", device="rocm"), ["device rocm: expected cuda; use backend=triton or backend=cpu"]),
         (Host(name="this", device="cpu", problems=("the driver sleeps",)), ["the driver sleeps"]),
     ],
 )
@@ -140,7 +153,7 @@ def test_deciding_loads_no_torch() -> None:
     code = (
         "import sys, engines.platform as p, engines.costs, engines.checkpoint, engines.capability\n"
         "from engines import discover\n"
-        "p.driver_present = lambda: False\n"
+        "p.driver_present = lambda platform: False\n"
         "host = p.probe(); discover.families(); discover.transformers_causal_architectures()\n"
         "import importlib\n"
         "[importlib.import_module(f'engines.{b}.offers').offers(host) for b in discover.backends()]\n"
@@ -150,39 +163,96 @@ def test_deciding_loads_no_torch() -> None:
     assert out.stdout.strip() == "[]"
 
 
-def stand_in_torch(monkeypatch: pytest.MonkeyPatch, version: str | None, devices: int) -> None:
-    """A torch that sees so many H200s; version: the CUDA it was built with."""
-    available = SimpleNamespace(
-        is_available=lambda: devices > 0,
-        device_count=lambda: devices,
+def stand_in_torch(
+    monkeypatch: pytest.MonkeyPatch, kind: str, built: bool = True, names: tuple[str, ...] = (), cuda: str = "13.0"
+) -> None:
+    """A torch on a machine with one kind of accelerator: its driver, its module and, where it has one, its package."""
+    there = platforms()[kind]
+    module = SimpleNamespace(
+        is_available=lambda: bool(names),
+        device_count=lambda: len(names),
         mem_get_info=lambda device: (140 << 30, 141 << 30),
-        get_device_name=lambda device: "NVIDIA H200",
+        get_device_name=lambda device: names[device],
         get_device_capability=lambda device: (9, 0),
     )
-    torch = SimpleNamespace(__version__="2.13.0", version=SimpleNamespace(cuda=version), cuda=available)
+    torch = SimpleNamespace(__version__="2.13.0", version=SimpleNamespace(cuda=None))
+    if built:
+        setattr(torch, there.module, module)
+        setattr(torch.version, there.version or "unused", cuda)
     monkeypatch.setitem(sys.modules, "torch", torch)
-    monkeypatch.setattr(platform, "driver_present", lambda: True)
+    if there.package is not None:
+        monkeypatch.setitem(sys.modules, there.package, SimpleNamespace() if built else None)
+    monkeypatch.setattr(platform, "driver_present", lambda platform: platform is there)
 
 
-def test_devices_that_torch_sees(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in_torch(monkeypatch, "13.0", 2)
+@pytest.mark.parametrize("kind", platforms())
+def test_devices_that_torch_sees(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_torch(monkeypatch, kind, names=("A chip",) * 2)
     host = probe()
-    assert (host.device, host.device_name, host.num_devices) == ("cuda", "NVIDIA H200", 2)
-    assert (host.compute_capability, host.cuda, host.free_bytes) == ((9, 0), "13.0", 140 << 30)
-    assert host.cpu_cores >= 1 and host.cpu_memory_bytes > 0
-    assert cuda_blockers(host, (8, 0)) == []
+    assert (host.device, host.device_name, host.num_devices) == (kind, "A chip", 2)
+    assert (host.memory_bytes, host.free_bytes) == (141 << 30, 140 << 30)
+    assert host.cpu_cores >= 1 and host.cpu_memory_bytes > 0 and host.problems == ()
+    assert torch_device(host) == {"ascend": "npu", "camb": "mlu", "xpu": "xpu"}.get(kind, "cuda")
+    assert is_bf16_supported(host)
+    assert accelerator_blockers(host, (8, 0)) == []
+    assert (cuda_blockers(host, (8, 0)) == []) is (kind == "cuda")
+    assert (untried(host) is None) is (kind == "cuda")
+    if kind == "cuda":
+        assert (host.compute_capability, host.cuda) == ((9, 0), "13.0")
 
 
-def test_a_driver_without_a_torch_that_can_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in_torch(monkeypatch, None, 0)
+def test_every_kind_of_device_that_a_host_may_have_is_a_platform() -> None:
+    assert list(platforms()) == ["cuda", "ascend", "camb", "maca", "rocm", "xpu"]
+    for found in platforms().values():
+        assert found.block_sizes == tuple(sorted(found.block_sizes))
+        assert found.drivers and found.remedy and found.graph.endswith("Graph")
+        assert platform.platform_of(found.module).module == found.module
+
+
+@pytest.mark.parametrize("kind", platforms())
+def test_a_driver_without_a_torch_that_can_use_it(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_torch(monkeypatch, kind, built=False)
     host = probe()
+    there = platforms()[kind]
     assert host.device == "cpu"
-    assert cuda_blockers(host, (8, 0)) == [
-        "an NVIDIA driver is here, but torch 2.13.0 was built without CUDA: install a CUDA build"
-    ]
+    assert cuda_blockers(host, (8, 0)) == list(host.problems)
+    missing = f"but {there.package} is not (" if there.package else "but torch 2.13.0 was built without "
+    assert host.problems[0].startswith(f"{kind} is not available. An {there.maker} driver is here, {missing}")
+    assert host.problems[0].endswith(f": {there.remedy}")
 
 
 def test_a_driver_whose_devices_are_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    stand_in_torch(monkeypatch, "13.0", 0)
+    stand_in_torch(monkeypatch, "cuda")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert probe().problems == ("no CUDA device: torch 2.13.0 finds none (CUDA_VISIBLE_DEVICES is '')",)
+    monkeypatch.setattr(platform, "_driver_cuda", lambda: None)
+    assert probe().problems == ("cuda is not available. Torch 2.13.0 finds no device (CUDA_VISIBLE_DEVICES is '')",)
+
+
+def test_a_driver_older_than_the_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_torch(monkeypatch, "cuda")
+    monkeypatch.setattr(platform, "_driver_cuda", lambda: "12.4")
+    assert probe().problems == (
+        "cuda is not available. The driver supports CUDA 12.4, torch 2.13.0 was built for 13.0: update the driver, or "
+        "install a torch built for CUDA 12",
+    )
+
+
+def test_several_different_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in_torch(monkeypatch, "cuda", names=("H200", "A100", "H200"))
+    host = probe()
+    assert host.device == "cuda" and host.num_devices == 2
+    assert host.problems == (
+        "several different devices: 2 x H200, 1 x A100; expected equal ones, so only H200 is counted on; set "
+        "CUDA_VISIBLE_DEVICES to the devices of one kind",
+    )
+
+
+@pytest.mark.parametrize(
+    ("device", "asked", "fitting"), [("camb", 32, 16), ("ascend", 256, 128), ("ascend", 8, 16), ("cuda", 8, 8)]
+)
+def test_block_sizes_that_a_device_can_have(device: str, asked: int, fitting: int) -> None:
+    found, why = fit_block_size(asked, Host("x", device))
+    assert found == fitting
+    assert (why is None) is (found == asked)
+    if why:
+        assert why.startswith(f"block_size {fitting} instead of {asked}: {device} has ")

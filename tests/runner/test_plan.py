@@ -57,6 +57,9 @@ class EmbedConfig(TaskConfig):
     normalize: bool | None = None
 
 
+NO_DRIVER = "cuda is not available. No NVIDIA driver was found: install one, or use backend=cpu"
+
+
 def checkpoint(config: dict[str, Any] = LLAMA, **changes: Any) -> Checkpoint:
     config = {**config, **changes}
     return Checkpoint("/models/x", config, config["architectures"][0], {}, {})
@@ -91,7 +94,7 @@ def test_a_cpu_machine_runs_on_the_cpu_and_says_why_not_elsewhere() -> None:
     assert plan.settings.implementation == "native"
     assert type(plan.settings.config) is CpuConfig
     assert [verdict.engine for verdict in plan.verdicts] == list(ORDER)
-    assert missed(plan, "cuda")[0] == missed(plan, "triton")[0] == "no CUDA device: no NVIDIA driver was found"
+    assert missed(plan, "cuda")[0] == missed(plan, "triton")[0] == NO_DRIVER
     assert missed(plan, "cpu") == ()
 
 
@@ -129,7 +132,7 @@ def test_an_explicit_backend_that_cannot_be_honoured_is_an_error_with_the_list()
         resolve(job(backend="cuda"), checkpoint(), CPU, "generate")
     lines = str(caught.value).splitlines()
     assert lines[0] == "backend: cuda cannot run LlamaForCausalLM here"
-    assert lines[1] == "  no CUDA device: no NVIDIA driver was found"
+    assert lines[1] == f"  {NO_DRIVER}"
     assert lines[-1] == (
         "expected an engine that misses nothing; use backend=auto, or on_unsupported=fallback to take cpu"
     )
@@ -155,7 +158,7 @@ def test_when_nothing_can_run_it_every_engine_says_why() -> None:
         resolve(job(), checkpoint(quantization_config=unread), CPU, "generate")
     reason = "  cpu: linear quantization=bitsandbytes: cpu offers awq, gptq, fp8, compressed-tensors, mxfp4, int8"
     assert reason in str(caught.value).splitlines()
-    assert "  cuda: no CUDA device: no NVIDIA driver was found" in str(caught.value)
+    assert f"  cuda: {NO_DRIVER}" in str(caught.value)
 
 
 def test_weights_that_are_dequantized_at_load_are_counted_so() -> None:
@@ -207,7 +210,7 @@ HOSTS = {
     "sm unknown": replace(H200, compute_capability=None),
     "rocm": replace(H200, name="mi300", device="rocm", compute_capability=None),
     "ascend": replace(H200, name="npu", device="ascend", compute_capability=None),
-    "broken driver": replace(CPU, problems=("no CUDA device: torch finds none",)),
+    "broken driver": replace(CPU, problems=("cuda is not available. Torch finds no device",)),
     "tiny memory": replace(CPU, memory_bytes=1 << 20, free_bytes=1 << 20, cpu_memory_bytes=1 << 20),
 }
 ARCHITECTURES = ["LlamaForCausalLM", "Qwen3ForCausalLM", "GPT2LMHeadModel", "NobodyForCausalLM"]
@@ -236,7 +239,8 @@ def test_every_combination_has_a_verdict_or_a_named_error(architecture: str, hos
         on_cuda = host in ("sm80", "sm90") and dtype != "float32" and native and backend != "cpu"
         on_cuda = on_cuda and quantization != "nameless" and not adapters
         on_triton = backend == "auto" and native and quantization == "none" and not adapters
-        on_triton = on_triton and (host[:4] in ("sm80", "sm90") or (host == "sm75" and dtype != "bfloat16"))
+        capable = host[:4] in ("sm80", "sm90") or host in ("rocm", "ascend")
+        on_triton = on_triton and (capable or (host == "sm75" and dtype != "bfloat16"))
         runnable = runnable and (on_cuda or backend != "cuda")
         runnable = runnable and (host != "tiny memory" or architecture == "GPT2LMHeadModel")
         try:
@@ -275,13 +279,13 @@ def check_sentences(
         f"sm {sm} for bfloat16".replace("(", "").replace(")", "").replace(", ", ".") in text.replace(" < 8.0", "")
     ) == (of_cuda and asked_bf16)
     sentences = {
-        "cpu": "no CUDA device: no NVIDIA driver was found",
+        "cpu": NO_DRIVER,
         "sm70": "sm 7.0 < 8.0",
         "sm75": "sm 7.5 < 8.0",
         "sm unknown": "compute capability unknown",
         "rocm": "device rocm: expected cuda",
         "ascend": "device ascend: expected cuda",
-        "broken driver": "no CUDA device: torch finds none",
+        "broken driver": "cuda is not available. Torch finds no device",
     }
     if host in sentences and of_cuda:
         assert sentences[host] in text
@@ -648,7 +652,7 @@ def test_the_text_of_a_plan() -> None:
         "dtype     bfloat16",
         "  cpu     can run it (chosen)",
         "  cuda    cannot run it",
-        "          - no CUDA device: no NVIDIA driver was found",
+        f"          - {NO_DRIVER}",
     ):
         assert line in text.splitlines()
 
