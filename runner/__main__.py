@@ -104,6 +104,16 @@ def _run(job: JobConfig) -> int:
         report = verify(join(job.output.folder, job.name), open_source(job.dataset))
         _print(mask(report.text()))
         return report.exit_code
+    if job.mode in ("status", "merge"):
+        from runner.status import merge, status
+
+        output = join(job.output.folder, job.name)
+        if job.mode == "merge":
+            _print(mask(merge(output, job).text()))
+            return 0
+        found = status(output, job)
+        _print(mask(found.text()))
+        return found.exit_code
     from runner.plan import make_plan
 
     plan = make_plan(job)

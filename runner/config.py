@@ -116,12 +116,18 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class ShardConfig:
-    """The slice of the job that this process takes: chunks with index % count == shard.index."""
+    """What of the job this process takes."""
 
     index: int = bounded(0, ge=0)
     """Number of this slice, from 0."""
     count: int = bounded(1, ge=1)
     """Number of slices; each may run at any time and on any machine that sees the output folder."""
+    sharing: str = bounded("fixed", choices=("fixed", "leases"))
+    """fixed: the chunks whose number % count == index, and no others. leases: those first, then any that nobody works
+    on, so that a fast worker does more and a dead one's work is done by the others."""
+    lease_s: float = bounded(60.0, ge=0.5)
+    """With leases: others take over the chunks of a worker on another machine that gave no sign of life for this time.
+    Too short costs work done twice, nothing else."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +188,9 @@ class JobConfig:
     sampling: SamplingParams
     """n and per-row columns are in sampling_columns and samples."""
     backend_config: EngineConfig
-    mode: str = bounded("run", choices=("run", "plan", "verify"))
-    """run: do the job or go on with it; plan: say what would run and stop; verify: check what is in the output."""
+    mode: str = bounded("run", choices=("run", "plan", "status", "merge", "verify"))
+    """run: do the job or go on with it; plan: say what would run and stop; status: how far it is; merge: write the
+    success mark once all shards are done; verify: check what is in the output."""
     backend: str = bounded("auto", choices=("auto", "cuda", "triton", "cpu"))
     """auto: the first of cuda, triton, cpu that can run the model; else that engine or an error that says why not."""
     samples: int = bounded(1, ge=1, le=1024)
@@ -348,6 +355,8 @@ def _run_findings(job: JobConfig) -> Iterator[str]:
         yield "name: holds a credential; expected a name that anybody may see, as it is the output folder's; change it"
     if job.retry_errors and job.mode != "run":
         yield f"retry_errors: true with mode={job.mode}; expected mode=run; remove one of them"
+    if job.retry_errors and job.shard.sharing == "leases":
+        yield "retry_errors: true with shard.sharing=leases; expected shard.sharing=fixed; set it"
     if job.shard.index >= job.shard.count:
         yield (
             f"shard.index: {job.shard.index}; expected less than shard.count, which is {job.shard.count} (the first is "

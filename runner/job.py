@@ -8,6 +8,8 @@ The engine holds about `window_rows` rows; whatever order it finishes them in, a
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -20,11 +22,12 @@ import pyarrow.parquet as pq
 from engines.api import Engine, EngineStats, Outcome, Request
 from engines.checkpoint import open_checkpoint
 from runner.chunk import Chunk, Part
-from runner.config import JobConfig, to_yaml
+from runner.config import JobConfig, ShardConfig, to_yaml
 from runner.engine_main import Loader, load
 from runner.errors import EngineError, InternalError, RowError, RunnerError
 from runner.inspect import UNKNOWN_LENGTH, check_columns
 from runner.journal import Journal
+from runner.leases import Leases
 from runner.ledger import Ledger
 from runner.openai_batch import OUTPUT_FILE, write_batch_files
 from runner.progress import Counts, Progress, Summary
@@ -47,6 +50,11 @@ TABLE_ROWS = 4096
 COUNTING_S = 2.0
 """Longest time to find out how many rows the input has, for the progress; beyond it the job starts without knowing."""
 
+IDLE_S = 0.05
+"""Between two looks for work, while other workers hold all that is left."""
+
+Piece = tuple[OpenChunk, int]
+"""A chunk and the first row of the piece."""
 LoadEngine = Callable[[], Engine]
 Amend = Callable[[Sequence[str]], None]
 
@@ -73,8 +81,10 @@ def run(plan: Plan, engine: Engine | None = None, loader: Loader = load) -> Summ
     check_columns(job, task, source)
     layout = Layout(job, source.schema, task)
     ledger = Ledger.open(plan.output_folder, plan.fingerprint, job.on_change)
-    shard = f"shard {job.shard.index}" if job.shard.count > 1 else ""
-    with contextlib.closing(Progress(local_folder(ledger.folder), shard)) as progress, Stop(job, began) as stop:
+    with (
+        contextlib.closing(Progress(local_folder(ledger.folder), worker_label(job.shard))) as progress,
+        Stop(job, began) as stop,
+    ):
         if ledger.finished and not job.retry_errors:
             if ledger.storage.size(OUTPUT_FILE) is None:
                 write_batch(job, ledger)
@@ -91,11 +101,23 @@ def run(plan: Plan, engine: Engine | None = None, loader: Loader = load) -> Summ
                 runner.run(load_engine, lambda notes: save_plan(plan, ledger, notes))
         finished = set(range(runner.num_chunks)) <= ledger.done().keys()
         summary = summarize(ledger, finished, runner.counts, began)
-        if finished:
-            write_batch(job, ledger)
-            ledger.finish(runner.num_chunks, summary.to_dict())
+        if finished and (job.retry_errors or not ledger.finished):
+            finish(job, ledger, runner.num_chunks, summary)
         progress.say(summary.text())
         return summary
+
+
+def finish(job: JobConfig, ledger: Ledger, num_chunks: int, summary: Summary) -> None:
+    """What is due once every chunk is committed, by whoever committed the last one or by mode=merge."""
+    write_batch(job, ledger)
+    ledger.finish(num_chunks, summary.to_dict())
+
+
+def worker_label(shard: ShardConfig) -> str:
+    """What this process is called where others write to the same log; nothing if it is alone."""
+    if shard.sharing == "leases":
+        return f"worker {socket.gethostname()}:{os.getpid()}"
+    return f"shard {shard.index}" if shard.count > 1 else ""
 
 
 def summarize(ledger: Ledger, finished: bool, counts: Counts, began: float) -> Summary:
@@ -130,6 +152,8 @@ def save_plan(plan: Plan, ledger: Ledger, amendments: Sequence[str] = ()) -> Non
 
 def count_rows(source: Source, job: JobConfig, ledger: Ledger) -> int | None:
     """Rows of the input that this process is to read; None if listing the chunks takes long."""
+    if job.shard.sharing == "leases":
+        return None  # nobody knows
     began, done, total = time.monotonic(), ledger.done(), 0
     for chunk in source.chunks():
         if time.monotonic() - began > COUNTING_S:
@@ -191,13 +215,16 @@ class JobRunner:
         """Input rows that are behind us; those that were filtered away or recovered count when their chunk is done."""
         self._exhausted = False
         """Whether all chunks have been read."""
+        self._leases: Leases | None = None
         self._stats: EngineStats | None = None
         self._last_sync = time.monotonic()
         window = job.window_rows
         self._piece_rows = max(1, min(PIECE_ROWS, window // 4))
         # One long row keeps its chunk open while others pass by: their finished rows wait in memory, up to this many.
         self._max_held = 4 * window + 4 * job.dataset.chunk_rows
-        self._pieces = self._read_pieces()
+        self._pieces: Iterator[Piece | None] = (
+            self._read_leased() if job.shard.sharing == "leases" else self._read_fixed()
+        )
 
     def run(self, load: LoadEngine, amend: Amend) -> None:
         """Process all chunks of this shard. Whatever ends it, finished rows are in the journal when it returns.
@@ -216,6 +243,8 @@ class JobRunner:
                     engine = engine or load()
                     self._take(self._step(engine, requests))
                     self._note(engine.stats(), amend)
+                elif self._leases is not None:
+                    time.sleep(IDLE_S)
                 if time.monotonic() - self._last_sync >= self._job.output.journal_interval_s:
                     self._save()
                 self._progress.update(self.counts, self._num_read, self._stats)
@@ -223,6 +252,8 @@ class JobRunner:
             self._save()
             raise
         finally:
+            if self._leases is not None:
+                self._leases.close()
             self._progress.stop(self.counts, self._num_read, self._stats)
 
     def _refill(self) -> list[Request]:
@@ -235,14 +266,13 @@ class JobRunner:
         ):
             piece = next(self._pieces, None)
             if piece is None:
-                self._exhausted = True
                 break
             requests += self._prepare(*piece)
             num_rows += self._piece_rows
         return requests
 
-    def _read_pieces(self) -> Iterator[tuple[OpenChunk, int]]:
-        """The chunks to be done, opened one after the other, cut into pieces: (chunk, first row of the piece)."""
+    def _read_fixed(self) -> Iterator[Piece]:
+        """The chunks of this shard, opened one after the other, cut into pieces."""
         done = self._ledger.done()
         recovered = self._journal.recover(done, lambda index: is_wanted(self._job, index, done.get(index)))
         for chunk in self._source.chunks():
@@ -251,11 +281,32 @@ class JobRunner:
             self._journal.check(chunk)
             part = done.get(chunk.index)
             if is_wanted(self._job, chunk.index, part):
-                opened = self._open_chunk(chunk, part, recovered.pop(chunk.index, None))
-                if not opened.num_left:
-                    self._commit(opened)
-                for begin in range(0, opened.batch.num_rows, self._piece_rows):
-                    yield opened, begin
+                yield from self._cut(self._open_chunk(chunk, part, recovered.pop(chunk.index, None)))
+        self._exhausted = True
+
+    def _read_leased(self) -> Iterator[Piece | None]:
+        """The chunks that this worker gets, as _read_fixed; None while others hold all that are left."""
+        self._ledger.refresh()
+        chunks = []
+        for chunk in self._source.chunks():
+            self._ledger.check(chunk)
+            chunks.append(chunk)
+        self.num_chunks = len(chunks)
+        leases = self._leases = Leases(self._ledger, self._journal.name, chunks, self._job.shard)
+        while not leases.finished:
+            taken = leases.take()
+            if taken is None:
+                yield None
+            else:
+                recovered = self._journal.recover_chunk(taken.chunk, taken.holders)
+                yield from self._cut(self._open_chunk(taken.chunk, None, recovered))
+        self._exhausted = True
+
+    def _cut(self, opened: OpenChunk) -> Iterator[Piece]:
+        if not opened.num_left:
+            self._commit(opened)
+        for begin in range(0, opened.batch.num_rows, self._piece_rows):
+            yield opened, begin
 
     def _open_chunk(self, chunk: Chunk, part: Part | None, recovered: pa.Table | None) -> OpenChunk:
         finished = [] if recovered is None else [recovered]
@@ -365,6 +416,8 @@ class JobRunner:
         part = self._sink.write(opened.chunk, opened.table(), opened.num_errors, opened.generation)
         self._ledger.commit(part)
         self._journal.drop(opened.chunk.index)
+        if self._leases is not None:
+            self._leases.committed(opened.chunk.index)
         del self._open[opened.chunk.index]
         self._num_held -= opened.batch.num_rows
         self._num_read += opened.chunk.num_rows - opened.batch.num_rows

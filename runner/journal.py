@@ -17,7 +17,7 @@ import os
 import secrets
 import socket
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -61,7 +61,8 @@ class Journal:
     def __init__(self, storage: Storage, schema: pa.Schema, worker: str) -> None:
         self._storage = storage
         self._schema = schema.remove_metadata()
-        self._prefix = f"{worker}-{_process_name()}-{secrets.token_hex(4)}"
+        self.name = f"{worker}-{_process_name()}-{secrets.token_hex(4)}"
+        """Of this process, like no other's: begins the names of its files."""
         self._num_files = 0
         self._buffer: dict[tuple[int, int, str], list[pa.Table]] = {}
         self._files: list[_File] = []
@@ -106,7 +107,7 @@ class Journal:
                 file.chunks.add(frame.chunk_index)
                 if wanted(frame.chunk_index):
                     frames.setdefault(frame.chunk_index, []).append(frame)
-            if not _may_be_alive(name):
+            if not may_be_alive(name):
                 self._files.append(file)
         self._delete_unused()
         recovered = {}
@@ -115,6 +116,22 @@ class Journal:
             self._recovered_from[chunk_index] = file_id
             recovered[chunk_index] = _last_of_each_row([frame.table for frame in found if frame.file_id == file_id])
         return recovered
+
+    def recover_chunk(self, chunk: Chunk, writers: Sequence[str]) -> pa.Table | None:
+        """Finished rows of one chunk that was never committed, from the journals of these processes, in row order.
+
+        writers: `Journal.name` of each, in the order that they worked in.
+        """
+        names = [name for name in self._storage.list(JOURNAL_FOLDER) if name.endswith(".journal")]
+        found = [
+            frame.table
+            for writer in writers
+            for name in names
+            if name.startswith(f"{writer}-")
+            for frame in self._read(f"{JOURNAL_FOLDER}/{name}")
+            if (frame.chunk_index, frame.generation, frame.file_id) == (chunk.index, 0, chunk.file_id)
+        ]
+        return _last_of_each_row(found) if found else None
 
     def check(self, chunk: Chunk) -> None:
         """Raise InputError if rows were recovered for this chunk that another content of its file gave."""
@@ -171,7 +188,7 @@ class Journal:
 
     def _open_file(self) -> tuple[AppendFile, _File]:
         if self._appender is None or self._current is None:
-            path = f"{JOURNAL_FOLDER}/{self._prefix}-{self._num_files}.journal"
+            path = f"{JOURNAL_FOLDER}/{self.name}-{self._num_files}.journal"
             self._num_files += 1
             self._appender = self._storage.append_to(path)
             self._current = _File(path)
@@ -248,8 +265,11 @@ def _pid_namespace() -> int:
         return 0
 
 
-def _may_be_alive(name: str) -> bool:
-    """Whether the process that wrote a journal may still write to it. Unknown on another machine: then yes."""
+def may_be_alive(name: str) -> bool:
+    """Whether the process of this `Journal.name`, or that wrote a journal of this file name, may still be running.
+
+    Unknown on another machine: then yes.
+    """
     head, _, tail = name.removesuffix(".journal").partition(f"-{socket.gethostname()}-{_pid_namespace()}-")
     pid = tail.split("-")[0]
     if not head or not pid.isdigit():

@@ -6,7 +6,9 @@
     ledger/rollup-*.jsonl         copies of many entries in one file, to be read faster; never the authority
     parts/part-<chunk>.parquet    what readers see: every file here is committed
     journal/                      finished rows of open chunks
-    _SUCCESS                      made when every chunk is committed
+    leases/                       who works on which chunk, where workers share them (runner/leases.py)
+    manifest.jsonl                made when every chunk is committed: a line for each part, in input order
+    _SUCCESS                      made after it
 
 A chunk is committed in three steps, each atomic and durable before the next begins:
 
@@ -43,10 +45,19 @@ import xxhash
 
 from runner.chunk import Chunk, Part
 from runner.errors import InputError, InternalError, OutputError
-from runner.storage import JOURNAL_FOLDER, PARTS_FOLDER, TEMPORARY_FOLDER, Storage, open_storage, parse_staged_name
+from runner.storage import (
+    JOURNAL_FOLDER,
+    LEASES_FOLDER,
+    PARTS_FOLDER,
+    TEMPORARY_FOLDER,
+    Storage,
+    open_storage,
+    parse_staged_name,
+)
 
 FINGERPRINT_FILE = "fingerprint.json"
 SUCCESS_FILE = "_SUCCESS"
+MANIFEST_FILE = "manifest.jsonl"
 LEDGER_FOLDER = "ledger"
 ROLLUP_ENTRIES = 1000
 """Entries that are copied into one file, and the most that opening a ledger reads one by one for long."""
@@ -120,6 +131,15 @@ class Ledger:
         self.refresh()
         return dict(self._parts)
 
+    def entered(self) -> set[int]:
+        """Indexes of the committed chunks, by the names of their entries alone: cheaper than `done`."""
+        names = self.storage.list(LEDGER_FOLDER)
+        return {int(name.partition(".")[0]) for name in names if name.endswith(".json")}
+
+    def is_entered(self, chunk_index: int) -> bool:
+        """Whether a chunk is committed now."""
+        return self.storage.size(f"{LEDGER_FOLDER}/{_entry_name(chunk_index, 0)}") is not None
+
     def check(self, chunk: Chunk) -> None:
         """Compare a chunk with what was committed under its index, if anything was.
 
@@ -168,7 +188,7 @@ class Ledger:
         return won
 
     def finish(self, num_chunks: int, summary: Mapping[str, Any]) -> bool:
-        """Write the success mark and clear what only an unfinished job needs; False if chunks are missing.
+        """Write manifest and success mark, and clear what only an unfinished job needs; False if chunks are missing.
 
         Args:
             num_chunks: Chunks of the whole input, whoever processed them.
@@ -189,10 +209,12 @@ class Ledger:
             raise OutputError(
                 f"{self.folder}/{PARTS_FOLDER}: has {', '.join(strays[:5])}; expected committed parts only; remove them"
             )
-        for folder in (TEMPORARY_FOLDER, JOURNAL_FOLDER):
+        for folder in (TEMPORARY_FOLDER, JOURNAL_FOLDER, LEASES_FOLDER):
             for name in self.storage.list(folder):
                 self.storage.remove(f"{folder}/{name}")
         self._roll_up()
+        manifest = b"".join(_manifest_line(self._parts[index]) for index in range(num_chunks))
+        self.storage.replace(MANIFEST_FILE, manifest)
         mark = {"version": _VERSION, "num_chunks": num_chunks, "summary": dict(summary)}
         self.storage.replace(SUCCESS_FILE, orjson.dumps(mark, option=orjson.OPT_INDENT_2 | orjson.OPT_SERIALIZE_NUMPY))
         return True
@@ -307,6 +329,14 @@ def _entry_name(chunk_index: int, generation: int) -> str:
 def _encode(part: Part) -> bytes:
     record = {name: getattr(part, name) for name in Part.__slots__}
     return orjson.dumps({"version": _VERSION, **record, "chunk": part.chunk.identity()})
+
+
+def _manifest_line(part: Part) -> bytes:
+    """What a consumer of the output needs to know of a part to read and to check it."""
+    chunk = part.chunk
+    record = {name: getattr(part, name) for name in ("path", "num_rows", "num_errors", "num_bytes", "checksum")}
+    record["input"] = {"file": chunk.file, "first_row": chunk.start, "num_rows": chunk.num_rows}
+    return orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE)
 
 
 def _claim(storage: Storage, fingerprint: dict[str, str]) -> dict[str, str]:

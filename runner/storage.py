@@ -26,6 +26,8 @@ TEMPORARY_FOLDER = "staging"
 """Folder of everything unfinished: temporary files, and parts that are not committed. No reader looks here."""
 JOURNAL_FOLDER = "journal"
 """Folder of finished rows of open chunks."""
+LEASES_FOLDER = "leases"
+"""Folder of who works on which chunk (runner/leases.py)."""
 PARTS_FOLDER = "parts"
 """Folder of the committed parts: what readers open."""
 FAULTS = "RUNNER_FAULTS"
@@ -183,10 +185,10 @@ class LocalStorage:
                 self._unlink(temporary)
                 return self.read(path) == data
             except FileNotFoundError:
-                # A finished job clears its temporary folder; whoever is that late finds the target in place.
+                # Whoever finishes the job clears its temporary folder, once.
                 if target.exists():
                     return self.read(path) == data
-                raise
+                return self.create(path, data)
             except OSError as error:
                 self._unlink(temporary)
                 if isinstance(error, PermissionError) and not os.access(target.parent, os.W_OK):
@@ -203,7 +205,10 @@ class LocalStorage:
         target = self._target(path)
         temporary = self._write_temporary(data)
         with self._explained(path):
-            self._rename(temporary, target)
+            try:
+                self._rename(temporary, target)
+            except FileNotFoundError:  # as in create
+                return self.replace(path, data)
             self._sync_folder(target.parent)
 
     def write(self, path: str, data: pa.Buffer | bytes) -> None:

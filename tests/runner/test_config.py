@@ -135,7 +135,7 @@ MESSAGES = [
         "model.dtype: 'bf16'; expected one of auto, float32, float16, bfloat16; did you mean bfloat16?",
         "",
     ),
-    ({"mode": "Plan"}, "mode: 'Plan'; expected one of run, plan, verify; did you mean plan?", ""),
+    ({"mode": "Plan"}, "mode: 'Plan'; expected one of run, plan, status, merge, verify; did you mean plan?", ""),
     ({"backend": "cda"}, "backend: 'cda'; expected one of auto, cuda, triton, cpu; did you mean cuda?", ""),
     ({"backend_config__name": "gpu"}, "backend_config.name: 'gpu'; expected one of auto, cuda, triton, cpu;", ""),
     ({"backend_config__block_size": 48}, "backend_config.block_size: 48; expected an integer, a power of two;", ""),

@@ -72,7 +72,7 @@ def test_a_job_writes_to_a_bucket(bucket: str, endpoint: str, tmp_path: Path) ->
         item.path.removeprefix(f"{path}/").split("/")[0]
         for item in store.get_file_info(fs.FileSelector(path, recursive=True))
     }
-    assert left == {"_SUCCESS", "config.yaml", "fingerprint.json", "ledger", "parts", "plan.json"}
+    assert left == {"_SUCCESS", "config.yaml", "fingerprint.json", "ledger", "manifest.jsonl", "parts", "plan.json"}
     assert (tmp_path / "outputs" / "job" / "run.log").is_file()
     again = FakeEngine()
     assert run(make_plan(tmp_path, output={"folder": f"{bucket}/jobs"}), again).finished
