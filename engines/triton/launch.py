@@ -45,3 +45,13 @@ def has_float64(device_type: str) -> bool:
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
+
+
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 for what is none."""
+    return _processors(device) if device.type == "cuda" else 1
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)

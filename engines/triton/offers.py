@@ -1,6 +1,7 @@
-"""What the Triton engine offers on a host: every op of a decoder and of an encoder, for any size of head up to 256.
+"""What the Triton engine offers on a host: every op of a decoder and of an encoder, for any size of head up to 256, and
+every weight format.
 
-Mixtures of experts, latent attention and quantized caches run on the reference; quantized weights are not offered.
+Mixtures of experts, latent attention and quantized caches run on the reference.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engines.api import EngineConfig
-from engines.capability import ANYTHING, DENSE_ONLY, YES, Allowed, Offer, one_of
+from engines.capability import ANYTHING, YES, Allowed, Offer, one_of
 from engines.discover import names
 from engines.platform import Host, accelerator_blockers
 
@@ -24,9 +25,24 @@ HEADS = {"dtype": DTYPES, "head_dim": Allowed(ge=1, le=256)}
 ATTENTION = {**HEADS, "group": Allowed(ge=1), "window": YES, "softcap": YES, "sinks": YES}
 KV_DTYPES = one_of("int8", "int4", "fp8")
 LATENT = {"dtype": DTYPES, "kv_lora_rank": ANYTHING, "rope_dim": ANYTHING}
+QUANTIZED: dict[str, Allowed] = {
+    "dtype": DTYPES,
+    "quantization": one_of("awq", "gptq", "fp8", "compressed-tensors", "mxfp4", "int8"),
+    "weights": one_of("w2a16", "w4a16", "w8a16", "w8a8", "fp8", "mxfp4"),
+    "bits": one_of(2, 4, 8),
+    "group_size": Allowed(values=(-1,), ge=1),
+    "sym": YES,
+    "desc_act": YES,
+    "version": one_of("gemm", "GEMM"),
+    "format": ANYTHING,
+    "activation_scheme": one_of("dynamic", "static"),
+    "weight_block_size": ANYTHING,
+}
+"""Nothing is dequantized at load. float8 meets inputs of float8 from sm 8.9 on, and inputs as they are below. Triton
+compiles products of 8-bit integers from sm 8.0 on."""
 OPS: dict[str, dict[str, Allowed]] = {
     "embedding": {"dtype": DTYPES},
-    "linear": {"dtype": DTYPES, "quantization": DENSE_ONLY},
+    "linear": QUANTIZED,
     "rms_norm": {"dtype": DTYPES, "weight_offset": YES},
     "add_rms_norm": {"dtype": DTYPES, "weight_offset": YES},
     "layer_norm": {"dtype": DTYPES},
@@ -39,7 +55,7 @@ OPS: dict[str, dict[str, Allowed]] = {
     "latent_attention": LATENT,
     "head_linear": {"dtype": DTYPES},
     "route": {"scoring": ANYTHING},
-    "fused_experts": {"dtype": DTYPES, "quantization": DENSE_ONLY, "activation": ANYTHING},
+    "fused_experts": {**QUANTIZED, "activation": ANYTHING},
     "encoder_attention": HEADS,
     "act": {"dtype": DTYPES, "activation": one_of("silu", "gelu", "gelu_tanh", "relu")},
     "act_and_mul": {"dtype": DTYPES, "activation": one_of("silu", "gelu", "gelu_tanh", "relu", "swiglu_oai")},
@@ -50,7 +66,7 @@ OPS: dict[str, dict[str, Allowed]] = {
     "top_logprobs": {},
     "parallelism": {name: one_of(1) for name in ("tp", "dp", "ep")},
 }
-"""linear, head_linear, embedding and top_logprobs are a call or two of torch's own kernels."""
+"""head_linear, embedding, top_logprobs and linear of plain weights are a call or two of torch's own kernels."""
 REFERENCE = frozenset(
     {"write_quantized_kv", "quantized_attention", "write_latent", "latent_attention", "route", "fused_experts"}
 )
@@ -70,6 +86,6 @@ def offers(host: Host) -> Offer:
         ops=OPS,
         blockers=tuple(blockers),
         sm=host.compute_capability,
-        since={"bfloat16": (8, 0)},
+        since={"bfloat16": (8, 0), "w8a8": (8, 0)},
         reference=REFERENCE,
     )

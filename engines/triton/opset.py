@@ -5,7 +5,7 @@ and the most probable tokens.
 from __future__ import annotations
 
 from engines import ops
-from engines.triton import activation, attention, kv_cache, norm, rotary, sampling
+from engines.triton import activation, attention, kv_cache, linear, norm, rotary, sampling
 
 
 class OpSet(ops.OpSet):
@@ -21,6 +21,8 @@ class OpSet(ops.OpSet):
     act = staticmethod(activation.act)
     act_and_mul = staticmethod(activation.act_and_mul)
     softcap = staticmethod(activation.softcap)
+    prepare_quantized = linear.prepare_quantized
+    linear = staticmethod(linear.linear)
     sample = staticmethod(sampling.sample)
     apply_penalties = staticmethod(sampling.apply_penalties)
     log_softmax_gather = staticmethod(sampling.log_softmax_gather)

@@ -238,7 +238,7 @@ def test_every_combination_has_a_verdict_or_a_named_error(architecture: str, hos
         runnable = architecture != "NobodyForCausalLM" and read and (native or not adapters)
         on_cuda = host in ("sm80", "sm90") and dtype != "float32" and native and backend != "cpu"
         on_cuda = on_cuda and quantization != "nameless" and not adapters
-        on_triton = backend == "auto" and native and quantization == "none" and not adapters
+        on_triton = backend == "auto" and native and quantization != "nameless" and not adapters
         capable = host[:4] in ("sm80", "sm90") or host in ("rocm", "ascend")
         on_triton = on_triton and (capable or (host == "sm75" and dtype != "bfloat16"))
         runnable = runnable and (on_cuda or backend != "cuda")
@@ -691,15 +691,15 @@ def test_a_quantized_cache_holds_more_and_is_part_of_the_requirements() -> None:
 
 
 def test_quantization_at_load_is_planned_for() -> None:
-    """On the CPU alone so far; other engines say what they lack, and a quantized checkpoint is not quantized again."""
+    """Engines without it say what they lack, and a quantized checkpoint is not quantized again."""
     wanted = job(model=replace(job().model, quantization="int8"))
     plan, plain = resolve(wanted, checkpoint(), CPU, "generate"), resolve(job(), checkpoint(), CPU, "generate")
     assert plan.settings.quantization == "int8" and plain.settings.quantization is None
     assert plan.settings.backend == "cpu"
     assert plan.memory[0].weight_bytes < plain.memory[0].weight_bytes
-    elsewhere = resolve(planning(H200, model=wanted.model), checkpoint(), H200, "generate")
-    for engine in ("triton", "cuda"):
-        assert "int8" in " ".join(missed(elsewhere, engine))
+    t4 = replace(H200, name="t4", compute_capability=(7, 5))
+    elsewhere = resolve(planning(t4, model=wanted.model), checkpoint(), t4, "generate")
+    assert "sm 7.5 < 8.0 for w8a8" in missed(elsewhere, "triton")
     awq = {"quant_method": "awq", "bits": 4, "group_size": 128}
     with pytest.raises(ConfigError, match=r"model\.quantization: int8, and .* quantized already \(awq\)"):
         resolve(wanted, checkpoint(quantization_config=awq), CPU, "generate")

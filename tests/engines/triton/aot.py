@@ -6,6 +6,7 @@ named so at the end, takes of a multiprocessor.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import subprocess
@@ -15,19 +16,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engines.triton import activation, attention, kv_cache, norm, rotary, sampling
+from engines.ops.quantized import Float8Weight, GroupedIntWeight, MXFP4Weight
+from engines.triton import activation, attention, kv_cache, linear, linear_kernels, norm, rotary, sampling
 from engines.triton.launch import power_of_two, warps
+from engines.triton.quantized import WIDTH, Even, Packed, pack_floats, pack_ints, pack_mxfp4
 
 Build = tuple[str, Any, dict[str, Any], dict[str, str], int, int]
 """(name, kernel, constants, types of arguments that are not pointers to the compute dtype, warps, stages)"""
-INTEGERS = ("offsets_ptr", "lens_ptr", "tables_ptr", "prompt_ptr", "output_ptr")
-LONG = ("slots_ptr", "positions_ptr", "top_k_ptr", "stream_ptr", "position_ptr", "targets_ptr")
+INTEGERS = ("offsets_ptr", "lens_ptr", "tables_ptr", "prompt_ptr", "output_ptr", "slots_ptr", "experts_ptr")
+LONG = ("positions_ptr", "top_k_ptr", "stream_ptr", "position_ptr", "targets_ptr")
 FLOATS = ("sinks_ptr", "parts_ptr", "sums_ptr", "temperature_ptr", "top_p_ptr", "min_p_ptr", "repetition_ptr",
-          "presence_ptr", "frequency_ptr")  # fmt: skip
+          "presence_ptr", "frequency_ptr", "scales_ptr", "x_scales_ptr")  # fmt: skip
 
 
 def builds(sm: int, group: str) -> Iterator[Build]:
@@ -41,6 +45,10 @@ def builds(sm: int, group: str) -> Iterator[Build]:
             yield from attentions(divmod(sm, 10), head_dim, options)
     elif group == "elementwise":
         yield from elementwise()
+    elif group == "packed":
+        yield from packed(divmod(sm, 10))
+    elif group == "even":
+        yield from even(divmod(sm, 10))
     else:
         vocab = {"B": sampling.BLOCK}
         logits = {"logits_ptr": "*fp32"}
@@ -81,7 +89,68 @@ def elementwise() -> Iterator[Build]:
     own = {"HEADS": 32, "KV_HEADS": 8, "HEADS_BLOCK": 32, "KV_HEADS_BLOCK": 8, "HALF": 64, "HALF_BLOCK": 64}
     yield "rope", rotary.rope_kernel, own, {}, warps(32 * 64), 3
     own = {"BLOCK_SIZE": 32, "HEADS": 8, "HEADS_BLOCK": 8, "D": 128, "D_BLOCK": 128}
-    yield "write_kv", kv_cache.write_kv_kernel, own, {}, warps(8 * 128), 3
+    yield "write_kv", kv_cache.write_kv_kernel, own, {"slots_ptr": "*i64"}, warps(8 * 128), 3
+
+
+def packed(sm: tuple[int, int]) -> Iterator[Build]:
+    """Weights of every kind, in groups that chunks hold, share, or cut; a few tokens, experts, and many tokens."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ints(bits: int, size: int) -> Packed:
+        codes = torch.randint(0, 1 << bits, (8, 1536), dtype=torch.uint8, generator=generator)
+        zeros = torch.zeros(8, 1536 // size, dtype=torch.int16)
+        return pack_ints([GroupedIntWeight(codes, torch.ones(8, 1536 // size), zeros, bits, size)])
+
+    floats = Float8Weight(torch.zeros(8, 1536).to(torch.float8_e4m3fn), torch.ones(1, 12), (128, 128))
+    four = MXFP4Weight(torch.zeros(8, 768, dtype=torch.uint8), torch.zeros(8, 48, dtype=torch.uint8))
+    weights = {
+        "w4 g128": ints(4, 128), "w4 g32": ints(4, 32), "w8 g128": ints(8, 128), "w4 g48": ints(4, 48),
+        "w2 g64": ints(2, 64), "fp8": pack_floats([floats]), "mxfp4": pack_mxfp4([four]),
+    }  # fmt: skip
+    for (name, weight), tokens in itertools.product(weights.items(), (1, 32, 8192)):
+        tiles = linear.tiles_of(sm, 2, linear.block_of_tokens(sm, weight, 2, tokens))
+        own = {
+            "VALUES": weight.values, "BITS": weight.bits, "WIDTH": WIDTH[weight.bits], "TOP_K": 1,
+            "GROUPS": linear.grouping(weight)[0], "SPLITS": 4 if tokens == 1 else 1, "BLOCK_N": tiles.block_n,
+            "BLOCK_T": tiles.block_t, "bias_ptr": None,
+        }  # fmt: skip
+        scales = {torch.uint8: "*u8", torch.float16: "*fp16"}[weight.scales.dtype]
+        types = {"words_ptr": "*i32", "scales_ptr": scales, "zeros_ptr": "*u8"}
+        own |= {} if weight.zeros is not None else {"zeros_ptr": None}
+        own |= {} if tokens == 32 else {"slots_ptr": None, "experts_ptr": None}
+        types |= {"out_ptr": "*fp32"} if tokens == 1 else {}
+        kind = "experts" if tokens == 32 else "product"
+        yield f"{kind} {name} {tokens}", linear_kernels.packed_kernel, own, types, tiles.num_warps, tiles.num_stages
+
+
+def even(sm: tuple[int, int]) -> Iterator[Build]:
+    """Weights and inputs of one type, and what stands before and after the product."""
+    for name, dtype, kind in (
+        ("float", torch.bfloat16, None),
+        ("int8", torch.int8, "*i8"),
+        ("e4m3", torch.float8_e4m3fn, "*fp8e4nv"),
+    ):
+        if name == "e4m3" and sm < linear.FLOAT8_PRODUCTS:
+            continue
+        weight = Even(torch.zeros(1, 8, 256).to(dtype))
+        size = weight.data.element_size()
+        for tokens in (1, 32, 8192):
+            tiles = linear.tiles_of(sm, size, linear.block_of_tokens(sm, weight, size, tokens))
+            own = {
+                "VALUES": name, "TOP_K": 1, "SPLITS": 1, "BLOCK_N": tiles.block_n, "BLOCK_T": tiles.block_t,
+                "BLOCK_K": linear.block_k(size), "bias_ptr": None,
+            }  # fmt: skip
+            types = {} if kind is None else {"x_ptr": kind, "weight_ptr": kind}
+            own |= {"scales_ptr": None, "x_scales_ptr": None} if kind is None else {}
+            own |= {} if tokens == 32 else {"slots_ptr": None, "experts_ptr": None}
+            label = f"{'experts' if tokens == 32 else 'product'} {name} {tokens}"
+            yield label, linear_kernels.even_kernel, own, types, tiles.num_warps, tiles.num_stages
+        if kind is not None:
+            own = {"LARGEST": linear.LARGEST[dtype], "TOP_K": 1, "WIDTH": 4096, "B": linear.INPUTS_BLOCK}
+            own |= {"ids_ptr": None, "order_ptr": None, "static_ptr": None}
+            yield f"inputs {name}", linear_kernels.inputs_kernel, own, {"out_ptr": kind}, 4, 3
+    own = {"SPLITS": 4, "B": linear.JOIN_BLOCK}
+    yield "join", linear_kernels.join_kernel, own, {"parts_ptr": "*i32"}, 4, 3
 
 
 def type_of(name: str, dtype: str, types: dict[str, str]) -> str:
@@ -103,7 +172,7 @@ def compiled(build: Build, sm: int) -> dict[str, Any]:
     aligned = {
         (i,): [["tt.divisibility", 16]]
         for i, n in enumerate(names)
-        if n not in constants and (n.endswith(("_ptr", "_stride")))
+        if n not in constants and (n.endswith(("_ptr", "_stride")) or n in ("N", "K"))
     }
     source = ASTSource(kernel, signature, {(names.index(n),): value for n, value in constants.items()}, aligned)
     options = {"num_warps": num_warps, "num_stages": num_stages}
@@ -120,13 +189,13 @@ def resources(cubin: bytes) -> dict[str, Any]:
         said = subprocess.run([program, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
         code = subprocess.run([program, "--dump-sass", file.name], capture_output=True, text=True, check=True)
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said.stdout)}
-    instructions = re.findall(r"\b(HGMMA|HMMA|STL|LDL)\b", code.stdout)
+    instructions = re.findall(r"\b(HGMMA|IGMMA|QGMMA|HMMA|IMMA|QMMA|STL|LDL)\b", code.stdout)
     return {
         "registers": found["REG"],
         "stack": found["STACK"] + found["LOCAL"],
         "spills": sum(i in ("STL", "LDL") for i in instructions),
-        "hgmma": instructions.count("HGMMA"),
-        "hmma": instructions.count("HMMA"),
+        "hgmma": sum(i in ("HGMMA", "IGMMA", "QGMMA") for i in instructions),
+        "hmma": sum(i in ("HMMA", "IMMA", "QMMA") for i in instructions),
     }
 
 

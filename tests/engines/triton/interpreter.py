@@ -1,6 +1,7 @@
 """Repairs Triton's interpreter for bfloat16, which it keeps as 16-bit integers: products multiply the integers, and
 casts from float32 cut bits off (seen with Triton 3.6 and 3.9). Other arithmetic on bfloat16 is refused: the GPU has
-it, but kernels are to widen first.
+it, but kernels are to widen first. And for casts to float8, which lose the carry of a mantissa that is rounded up to
+the next power of two: 127.7 becomes 64 (seen with Triton 3.7).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
@@ -51,6 +53,19 @@ def dot(original: Callable[..., Any]) -> Callable[..., Any]:
     return apply
 
 
+def to_float8(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Casts from float32 as torch has them, half to even; the others as they are."""
+
+    def apply(self: Any, value: Any, dtype: Any, rounding: Any) -> Any:
+        if value.dtype.scalar != tl.float32 or dtype.scalar != tl.float8e4nv:
+            return original(self, value, dtype, rounding)
+        wide = torch.from_numpy(np.array(value.data, np.float32, copy=True, order="C"))
+        bits = wide.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
+        return interpreter.TensorHandle(bits, tl.float8e4nv)
+
+    return apply
+
+
 def refusing(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
     def apply(self: Any, value: Any, *others: Any) -> Any:
         if getattr(getattr(value, "dtype", None), "scalar", None) == tl.bfloat16:
@@ -62,11 +77,12 @@ def refusing(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def repaired() -> Iterator[None]:
-    """While this is open, bfloat16 is right or refused."""
+    """While this is open, bfloat16 is right or refused, and casts to float8 are right."""
     builder = interpreter.InterpreterBuilder
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builder, "create_dot", dot(builder.create_dot))
         patch.setattr(builder, "cast_impl", cast(builder.cast_impl))
+        patch.setattr(builder, "create_fp_to_fp", to_float8(builder.create_fp_to_fp))
         for name in ARITHMETIC:
             if hasattr(builder, name):
                 patch.setattr(builder, name, refusing(name, getattr(builder, name)))

@@ -16,7 +16,10 @@ SHARED = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
 """Shared memory that a block may have, by compute capability (CUDA C++ programming guide, table of capabilities)."""
 REGISTERS = 65536
 """Of a multiprocessor."""
-EVERYTHING = [(sm, group, "") for sm in (80, 90, 120) for group in ("attention", "elementwise", "sampling")]
+GROUPS = ("attention", "elementwise", "sampling", "packed", "even")
+EVERYTHING = [(sm, group, "") for sm in (80, 90, 120) for group in GROUPS]
+MATRIX = ("prefill", "encoder", "decode", "product", "experts")
+"""First words of the names of kernels that multiply matrices."""
 
 
 def build(sm: int, group: str, ending: str) -> list[dict[str, Any]]:
@@ -34,15 +37,20 @@ def check(sm: int, kernel: dict[str, Any]) -> None:
     assert kernel["shared"] <= SHARED[sm], name
     assert kernel["registers"] * kernel["threads"] <= REGISTERS, name
     assert kernel["spills"] == kernel["stack"] == 0, f"{name} spills: {kernel}"
-    products = name.split()[0] in ("prefill", "encoder", "decode")
-    if sm == 90 and name.split()[0] in ("prefill", "encoder"):
+    first = name.split()[0]
+    if sm == 90 and first in MATRIX and first != "decode":
         assert kernel["hgmma"] and not kernel["hmma"], f"{name}: no warpgroup products"
-    elif products:
+    elif first in MATRIX:
         assert kernel["hmma"], f"{name}: not on the tensor cores"
 
 
 def test_attention_for_sm_90() -> None:
     for kernel in build(90, "attention", " 128"):
+        check(90, kernel)
+
+
+def test_products_of_packed_weights_for_sm_90() -> None:
+    for kernel in build(90, "packed", "w4 g128 1"):
         check(90, kernel)
 
 
@@ -56,5 +64,6 @@ def test_every_kernel(sm: int, group: str, ending: str) -> None:
 @pytest.mark.slow
 def test_sm_75_compiles() -> None:
     """In float16, without tensor cores (Triton has none for it): right, and slow."""
-    for kernel in build(75, "attention", " 64"):
-        assert kernel["shared"] <= SHARED[75]
+    for group, ending in (("attention", " 64"), ("packed", "128 1")):
+        for kernel in build(75, group, ending):
+            assert kernel["shared"] <= SHARED[75]

@@ -17,9 +17,9 @@ from engines.triton import offers
 from engines.triton.opset import OpSet
 
 H200 = Host("this", "cuda", compute_capability=(9, 0), triton=True)
-TORCH = {"linear", "head_linear", "embedding", "top_logprobs"}
+TORCH = {"head_linear", "embedding", "top_logprobs"}
 NOT_YET = {"lora", "transformers_model"}
-"""What the CPU engine has beyond this one, besides quantized weights."""
+"""What the CPU engine has beyond this one."""
 
 
 def test_reference_ops_are_those_without_a_kernel() -> None:

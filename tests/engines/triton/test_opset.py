@@ -13,13 +13,16 @@ from tests.cases import FLOATS, Case, call, cases, convert
 from tests.compare import assert_as_exact, assert_bitwise_equal
 
 CASES = [case for case in cases() if origin(OpSet(), case.op) != "reference"]
-FAST = [(case, dtype) for case in CASES if case.op != "paged_attention" for dtype in case.dtypes]
+PRODUCTS = ("linear", "fused_experts")
+FAST = [(c, d) for i, c in enumerate(CASES) if c.op != "paged_attention" for j, d in enumerate(c.dtypes)
+        if c.op not in PRODUCTS or i % 3 == j]  # fmt: skip
 ATTENTION = [(case, dtype) for case in CASES if case.op == "paged_attention" for dtype in FLOATS]
 NAMES = [case.name for case in attention_cases.PLAIN]
 """Those in larger blocks run the same code with another constant."""
-# Each case in one dtype; all of them in all take minutes.
+# Each case of attention and of products in one dtype; all of them in all take minutes.
 SOME = [(case, dtype) for i, (case, dtype) in enumerate(ATTENTION) if i // 3 % 3 == i % 3 and case.name in NAMES]
 REST = [pair for pair in ATTENTION if pair not in SOME]
+REST += [(case, dtype) for case in CASES for dtype in case.dtypes if case.op in PRODUCTS and (case, dtype) not in FAST]
 
 
 def named(value: object) -> str:
@@ -41,7 +44,7 @@ def test_as_exact_as_the_reference(ops: Reference, case: Case, dtype: torch.dtyp
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("case", "dtype"), REST, ids=named)
-def test_attention_in_every_dtype(ops: Reference, case: Case, dtype: torch.dtype) -> None:
+def test_the_others_in_every_dtype(ops: Reference, case: Case, dtype: torch.dtype) -> None:
     check(ops, case, dtype)
 
 
