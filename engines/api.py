@@ -147,10 +147,23 @@ class EngineConfig:
     the same memory, int4 almost four times as much; results change, with int4 visibly."""
     kv_cache_bytes: int | None = bounded(None, ge=1)
     """Size of the KV cache; null: `kv_memory_fraction` of what is free once the weights are loaded."""
-    kv_memory_fraction: float = bounded(0.5, gt=0, le=1)
-    """Share of the free memory that the KV cache may take when kv_cache_bytes is null."""
+    kv_memory_fraction: float | None = bounded(None, gt=0, le=1)
+    """Share of the free memory that the KV cache may take when kv_cache_bytes is null, once the largest step has
+    room. null: 0.9 on accelerators, 0.5 on processors, where other programs want memory too."""
     prefix_caching: bool = True
     """Keep the KV of finished prefixes and reuse it for prompts that begin alike."""
+
+    def kv_fraction(self, on_cpu: bool) -> float:
+        """kv_memory_fraction, or what null stands for."""
+        return self.kv_memory_fraction or (0.5 if on_cpu else 0.9)
+
+
+@dataclass(frozen=True)
+class GPUConfig(EngineConfig):
+    """What engines for accelerators have besides."""
+
+    decode_graphs: bool = True
+    """Capture decode steps at load and replay them: a step is then one launch. Costs seconds at load, and memory."""
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -11,10 +12,14 @@ from engines import costs
 from engines.api import EngineConfig, EngineSettings
 from engines.core.device import Device, out_of_memory
 from engines.core.engine import LLMEngine, Watch
+from engines.core.profile import step_bytes
 from engines.models.base import Model
 from engines.models.load import load_model
 from engines.ops import OpSet
 from engines.weights import DTYPES
+
+GRAPH_BYTES = 1 << 30
+"""Memory kept for captured decode steps, or a twentieth of what is free if that is less."""
 
 
 def load_engine(
@@ -24,10 +29,11 @@ def load_engine(
 ) -> LLMEngine:
     """An engine ready for requests. detokenize is needed by requests with stop strings; watch is LLMEngine's.
 
-    A cache for which there is no memory after all is halved until there is; the engine's notes say so.
+    On an accelerator the largest step is run once, so that the cache gets what it leaves; a step that is too large is
+    halved. A cache for which there is no memory after all is halved until there is; the engine's notes say so.
 
-    Raises CheckpointError or UnsupportedModelError as engines.models.load.load_model does, MemoryError when not even
-    one block of KV cache fits.
+    Raises CheckpointError or UnsupportedModelError as engines.models.load.load_model does, MemoryError when the
+    weights, a step of one token or one block of KV cache do not fit.
     """
     threads = getattr(settings.config, "num_threads", None)
     if threads:
@@ -35,14 +41,17 @@ def load_engine(
     ops = import_opset(settings.backend)()
     dtype, device = DTYPES[settings.dtype], Device(torch.device(settings.device))
     with torch.inference_mode():
-        model = load_model(settings, ops)
-        count, notes = num_blocks(model, settings.config, dtype, device.free_bytes()), list[str]()
+        model = _load_weights(settings, ops, device)
+        config, reserved, notes = _sized(settings, model, ops, dtype, device)
+        graphs = min(GRAPH_BYTES, device.free_bytes() // 20) if getattr(config, "decode_graphs", False) else 0
+        free = device.free_bytes() - reserved - graphs
+        count = num_blocks(model, config, dtype, free, not device.overlaps)
         while True:
             try:
                 engine = LLMEngine(
                     model,
                     ops,
-                    settings.config,
+                    config,
                     count,
                     dtype,
                     device,
@@ -57,9 +66,56 @@ def load_engine(
                     raise
                 notes.append(f"no memory for a KV cache of {count} blocks: going on with {count // 2}")
                 count //= 2
+                device.empty_cache()
             else:
                 engine.notes += notes
+                if settings.kind == "generate":
+                    engine.capture(graphs)
                 return engine
+
+
+def _load_weights(settings: EngineSettings, ops: OpSet, device: Device) -> Model:
+    free = device.free_bytes()
+    try:
+        return load_model(settings, ops)
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        raise MemoryError(
+            f"model.path: memory of {settings.device} ran out while weights were read, {free:,} bytes were free; "
+            "expected room for all of them; end other programs there, use a quantized checkpoint or "
+            f"model.quantization=int8, or spread the model with parallelism.tp ({error})"
+        ) from error
+
+
+def _sized(
+    settings: EngineSettings, model: Model, ops: OpSet, dtype: torch.dtype, device: Device
+) -> tuple[EngineConfig, int, list[str]]:
+    """(the settings with a step that fits, the bytes that it takes, notes)."""
+    config, notes = settings.config, list[str]()
+    if not device.overlaps:
+        return config, 0, notes
+    length = min(config.max_model_len or model.max_model_len, model.max_model_len)
+    while True:
+        try:
+            reserved = step_bytes(model, ops, config, dtype, device, settings.kind, length)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            failure = error
+        else:
+            device.empty_cache()
+            return config, reserved, notes
+        device.empty_cache()
+        if config.max_num_batched_tokens == 1:
+            raise MemoryError(
+                f"backend_config.max_num_batched_tokens: a step of 1 token does not fit into the "
+                f"{device.free_bytes():,} bytes that the weights leave on {settings.device}; use a quantized "
+                f"checkpoint, or spread the model with parallelism.tp ({failure})"
+            )
+        tokens = config.max_num_batched_tokens // 2
+        config = replace(config, max_num_batched_tokens=tokens, max_num_seqs=min(config.max_num_seqs, tokens))
+        notes.append(f"no memory for a step of {2 * tokens} tokens: going on with max_num_batched_tokens={tokens}")
 
 
 def import_opset(backend: str) -> type[OpSet]:
@@ -68,7 +124,7 @@ def import_opset(backend: str) -> type[OpSet]:
     return opset
 
 
-def num_blocks(model: Model, config: EngineConfig, dtype: torch.dtype, free: int) -> int:
+def num_blocks(model: Model, config: EngineConfig, dtype: torch.dtype, free: int, on_cpu: bool = True) -> int:
     """Blocks of KV cache: as many as kv_cache_bytes or the share of free memory holds, no more than can be in use."""
     if not model.paged or not model.num_cache_layers:
         return 0
@@ -77,7 +133,7 @@ def num_blocks(model: Model, config: EngineConfig, dtype: torch.dtype, free: int
     block_bytes = model.num_cache_layers * vectors * vector_bytes * config.block_size
     length = min(config.max_model_len or model.max_model_len, model.max_model_len)
     most = config.max_num_seqs * -(-length // config.block_size)
-    size = config.kv_cache_bytes or int(config.kv_memory_fraction * free)
+    size = config.kv_cache_bytes or int(config.kv_fraction(on_cpu) * max(free, 0))
     count = min(size // block_bytes, most)
     if count < 1:
         raise MemoryError(

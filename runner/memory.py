@@ -93,7 +93,7 @@ def memory_of(
     activations = costs.activation_bytes(spec, dtype, tokens, config.max_num_seqs) if spec else 0
     copies = dp if on_cpu else 1
     weights, activations = weights * copies, activations * copies
-    kv = config.kv_cache_bytes or int(config.kv_memory_fraction * max(free - weights - activations, 0))
+    kv = config.kv_cache_bytes or int(config.kv_fraction(on_cpu) * max(free - weights - activations, 0))
     return Memory(device, dtype, total, free, weights, activations, per_token, kv if per_token else 0, length, copies)
 
 

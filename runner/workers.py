@@ -276,7 +276,7 @@ class Worker:
             max_num_batched_tokens=config.max_num_batched_tokens // 2,
             max_num_seqs=max(1, config.max_num_seqs // 2),
             kv_cache_bytes=None if size is None else max(1, size // 2),
-            kv_memory_fraction=config.kv_memory_fraction / 2,
+            kv_memory_fraction=config.kv_fraction(self._settings.device == "cpu") / 2,
         )
         self._settings = replace(self._settings, config=smaller)
         pool = f"kv_memory_fraction={smaller.kv_memory_fraction:g}" if size is None else f"kv_cache_bytes={size // 2}"
@@ -445,7 +445,7 @@ def each_worker(settings: EngineSettings, num_workers: int) -> list[EngineSettin
     size = config.kv_cache_bytes
     share: dict[str, Any] = {
         "kv_cache_bytes": None if size is None else max(1, size // num_workers),
-        "kv_memory_fraction": config.kv_memory_fraction / num_workers,
+        "kv_memory_fraction": config.kv_fraction(settings.device == "cpu") / num_workers,
     }
     if hasattr(config, "num_threads"):
         share["num_threads"] = max(1, (config.num_threads or platform.num_cores()) // num_workers)

@@ -4,7 +4,10 @@ computes while it is asked, and an accelerator, which works through a queue.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -41,27 +44,24 @@ class Device:
         self.overlaps = place.type != "cpu"
         """Whether the device computes while the next step is prepared."""
         self.module: Any = torch.get_device_module(place) if self.overlaps else None
+        self._pool: Any = None
+        """Memory that all captured graphs share: one of them runs at a time."""
 
     def upload(self, arrays: Many[np.ndarray]) -> list[Tensor]:
-        """The arrays on the device, by one copy out of pinned memory that nobody waits for.
-
-        Pinned memory is given back to torch's allocator, which hands it out again once the copy is done.
-        """
-        arrays = [np.ascontiguousarray(array) for array in arrays]
+        """The arrays on the device, by one copy that nobody waits for."""
         if not self.overlaps:
-            return [torch.from_numpy(array) for array in arrays]
-        starts = [0]
+            return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+        return unpack(self.pack(arrays).to(self.place, non_blocking=True), arrays)
+
+    def pack(self, arrays: Many[np.ndarray]) -> Tensor:
+        """The bytes of all arrays, in pinned memory, which torch hands out again once copies of it are done."""
+        total = sum(map(_room, arrays))
+        packed = torch.empty(total, dtype=torch.uint8, pin_memory=self.module is not None)
+        memory, start = packed.numpy(), 0
         for array in arrays:
-            starts.append(starts[-1] + -(-array.nbytes // ALIGNMENT) * ALIGNMENT)
-        staged = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=True)
-        memory = staged.numpy()
-        for start, array in zip(starts, arrays, strict=False):
-            memory[start : start + array.nbytes] = array.reshape(-1).view(np.uint8)
-        there = staged.to(self.place, non_blocking=True)
-        return [
-            there[start : start + array.nbytes].view(TORCH_DTYPES[array.dtype]).view(array.shape)
-            for start, array in zip(starts, arrays, strict=False)
-        ]
+            memory[start : start + array.nbytes] = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+            start += _room(array)
+        return packed
 
     def download(self, tensors: Many[Tensor]) -> Download:
         """Copies behind what the device was asked for so far, into pinned memory."""
@@ -71,6 +71,37 @@ class Device:
         event = self.module.Event()
         event.record()
         return Download(host, event)
+
+    @property
+    def captures(self) -> bool:
+        """Whether torch has graphs for the device."""
+        return self.module is not None and hasattr(self.module, platform.platform_of(self.place.type).graph)
+
+    def capture(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """(what runs the kernels of the call again, where its result then is). Nothing in the call may wait."""
+        graph = getattr(self.module, platform.platform_of(self.place.type).graph)()
+        with self.module.graph(graph, pool=self._pool):
+            result = call()
+        self._pool = self._pool or graph.pool()
+        return graph.replay, result
+
+    @contextmanager
+    def waiting_forbidden(self) -> Iterator[None]:
+        """Whatever waits for the device raises RuntimeError, where torch can tell."""
+        set_mode = getattr(self.module, "set_sync_debug_mode", lambda mode: None)
+        set_mode("error")
+        try:
+            yield
+        finally:
+            set_mode("default")
+
+    def peak_bytes(self, call: Callable[[], object]) -> int:
+        """Memory that the call takes for a while, over what is held before."""
+        before = self.module.memory_allocated(self.place)
+        self.module.reset_peak_memory_stats(self.place)
+        call()
+        self.module.synchronize(self.place)
+        return max(0, int(self.module.max_memory_allocated(self.place)) - int(before))
 
     def free_bytes(self) -> int:
         """Memory that is free now."""
@@ -92,6 +123,20 @@ class Device:
         except RuntimeError as error:
             return not out_of_memory(error)
         return False
+
+
+def _room(array: np.ndarray) -> int:
+    """Bytes that an array takes among others, with the gap behind it."""
+    return -(-array.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def unpack(packed: Tensor, arrays: Many[np.ndarray]) -> list[Tensor]:
+    """The arrays again, as views of what `pack` gave."""
+    starts = itertools.accumulate(map(_room, arrays), initial=0)
+    return [
+        packed[start : start + array.nbytes].view(TORCH_DTYPES[array.dtype]).view(array.shape)
+        for start, array in zip(starts, arrays, strict=False)
+    ]
 
 
 def out_of_memory(error: Exception) -> bool:

@@ -61,7 +61,10 @@ class LLMEngine:
         # A model with states of its own would compute on with tokens that end a sequence.
         self.overlaps = device.overlaps and model.paged
         kv_dtype = None if config.kv_dtype == "auto" else cast(KVDtype, config.kv_dtype)
-        self.runner = ModelRunner(model, ops, num_blocks, config.block_size, dtype, device, kv_dtype)
+        graphs = config.max_num_seqs if self.overlaps and getattr(config, "decode_graphs", False) else 0
+        self.runner = ModelRunner(
+            model, ops, num_blocks, config.block_size, dtype, device, kv_dtype, graphs, self.max_model_len
+        )
         self.blocks = BlockManager(num_blocks) if self.runner.paged else None
         self.scheduler = Scheduler(
             self.blocks,
@@ -220,6 +223,19 @@ class LLMEngine:
         before = self._flight.step if self._flight is not None else []
         self._watch([s.seq.request.request_id for s in (*before, *step)])
         unread = self._flight.draw.tokens if self._flight is not None and self._flight.draw is not None else None
+        flight = Flight(step, [i for i, s in enumerate(step) if s.seq.request.kind == "generate" and s.completes])
+        logits = self.runner.decode(step, self.scheduler.block_tables, unread)
+        if logits is None:
+            logits = self._compute(flight, unread)
+        if logits is not None:
+            flight.draw = self.sampler.draw(logits, [step[i].seq for i in flight.drawing])
+        flight.download = self.device.download(flight.tensors())
+        return flight
+
+    def _compute(self, flight: Flight, unread: Tensor | None) -> Tensor | None:
+        """Logits of the sequences that a token is drawn for, if there are any; results other than text go to the
+        flight."""
+        step = flight.step
         wanted = [self.pooler.wanted(s) for s in step]
         indices: list[int] = []
         offset = 0
@@ -230,20 +246,14 @@ class LLMEngine:
         outputs = None if len(indices) == offset else indices
         hidden = self.runner.execute(step, outputs, self.scheduler.block_tables, unread)
         starts = list(itertools.accumulate((len(p) for p in wanted), initial=0))
-        flight = Flight(step, [i for i, s in enumerate(step) if s.seq.request.kind == "generate" and s.completes])
-        if flight.drawing:
-            if len(flight.drawing) < len(indices):
-                rows = self.device.upload([np.array([starts[i] for i in flight.drawing])])[0]
-                hidden_drawing = hidden[rows]
-            else:
-                hidden_drawing = hidden
-            logits = self.model.logits(hidden_drawing)
-            flight.draw = self.sampler.draw(logits, [step[i].seq for i in flight.drawing])
         for i, s in enumerate(step):
             if s.seq.request.kind != "generate":
                 self._pool(flight, s, wanted[i], hidden[starts[i] : starts[i + 1]])
-        flight.download = self.device.download(flight.tensors())
-        return flight
+        if not flight.drawing:
+            return None
+        if len(flight.drawing) < len(indices):
+            hidden = hidden[self.device.upload([np.array([starts[i] for i in flight.drawing])])[0]]
+        return self.model.logits(hidden)
 
     def _pool(self, flight: Flight, s: Scheduled, positions: range, hidden: Tensor) -> None:
         """Results other than text."""
@@ -338,6 +348,13 @@ class LLMEngine:
             **fields,  # type: ignore[arg-type]
         )
 
+    @torch.inference_mode()
+    def capture(self, budget_bytes: int) -> None:
+        """Capture decode steps as graphs, in so much memory; notes say what came of it. Before the first step."""
+        note = self.runner.graphs.capture(budget_bytes) if self.runner.graphs is not None else None
+        if note is not None:
+            self.notes.append(note)
+
     def stats(self) -> EngineStats:
         return EngineStats(
             num_waiting=len(self.scheduler.waiting),
@@ -353,7 +370,7 @@ class LLMEngine:
         )
 
     def close(self) -> None:
-        self._flight = None
+        self._flight = self.runner.graphs = None
         self.runner.caches.clear()
         del self.model, self.runner.model
 

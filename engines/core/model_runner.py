@@ -11,6 +11,7 @@ from torch import Tensor
 from engines.api import UnsupportedModelError
 from engines.batch import Batch, PrefixGroup
 from engines.core.device import Device
+from engines.core.graphs import DecodeGraphs, is_decode
 from engines.core.scheduler import Scheduled
 from engines.core.sequence import UNREAD
 from engines.models.base import Cache, Model
@@ -62,13 +63,22 @@ class ModelRunner:
         dtype: torch.dtype,
         device: Device,
         kv_dtype: KVDtype | None = None,
+        max_num_seqs: int = 0,
+        max_model_len: int = 0,
     ) -> None:
+        """max_num_seqs, max_model_len: of the decode steps that may be captured; 0: none are."""
         self.model = model
         self.block_size = block_size
         self.device = device
         self.paged = model.paged and model.num_cache_layers > 0
-        where = (ops, num_blocks, block_size, dtype, device.place)
+        captures = bool(max_num_seqs) and self.paged and device.captures
+        where = (ops, num_blocks + captures, block_size, dtype, device.place)
         self.caches = allocate_caches(model, *where, kv_dtype) if self.paged else []
+        self.graphs: DecodeGraphs | None = None
+        """Nothing is captured until its `capture` is called."""
+        if captures:
+            sizes = (block_size, max_model_len, max_num_seqs)
+            self.graphs = DecodeGraphs(model, self.caches, device, *sizes, scratch_block=num_blocks)
         # A window may hide part of a shared beginning from some of the sequences; without a spec that is not known.
         windows = getattr(model.spec, "windows", (1,))
         self.groups_prefixes = self.paged and not any(windows)
@@ -85,6 +95,12 @@ class ModelRunner:
         unread: the tokens that the step in flight draws, for sequences whose last token is one of them.
         """
         return self.model.forward(self.batch(step, outputs, block_tables, unread), self.caches)
+
+    def decode(self, step: Many[Scheduled], block_tables: np.ndarray, unread: Tensor | None) -> Tensor | None:
+        """The logits of a step that only draws tokens, by a captured graph; None where there is none for it."""
+        if self.graphs is None or not is_decode(step):
+            return None
+        return self.graphs.replay(step, block_tables, unread)
 
     def batch(
         self,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engines.api import EngineConfig
+from engines.api import GPUConfig
 from engines.capability import ANYTHING, DENSE_ONLY, YES, Allowed, Offer, one_of
 from engines.cuda import table
 from engines.platform import CUDA_EXTENSION, Host, cuda_blockers
 
 
 @dataclass(frozen=True)
-class Config(EngineConfig):
-    """Settings of the CUDA engine: those that all engines share."""
+class Config(GPUConfig):
+    """Settings of the CUDA engine: those that all engines for accelerators share."""
 
 
 MINIMUM = (8, 0)

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engines.api import EngineConfig
+from engines.api import GPUConfig
 from engines.capability import ANYTHING, YES, Allowed, Offer, one_of
 from engines.discover import names
 from engines.platform import Host, accelerator_blockers
 
 
 @dataclass(frozen=True)
-class Config(EngineConfig):
-    """Settings of the Triton engine: those that all engines share."""
+class Config(GPUConfig):
+    """Settings of the Triton engine: those that all engines for accelerators share."""
 
 
 MINIMUM = (7, 5)

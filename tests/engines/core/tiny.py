@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from engines.api import EngineConfig
+from engines.api import GPUConfig
 from engines.batch import Batch
 from engines.core.device import Device, Download
 from engines.core.engine import LLMEngine
@@ -93,14 +93,63 @@ class Late(Device):
         self.now_s = self.busy_until_s = 0.0
         self.num_launched = self.num_idle = 0
         """Steps, and waits with nothing behind what was waited for."""
-
-    def upload(self, arrays: Sequence[np.ndarray]) -> list[Tensor]:
-        return [torch.from_numpy(np.array(array)) for array in arrays]
+        self.memory_bytes, self.step_bytes, self.graph_bytes = 1 << 40, 0, 0
+        """Free at first; what a step takes; what a captured graph takes."""
+        self.can_capture = False
+        self.num_captured = self.num_replayed = 0
 
     def download(self, tensors: Sequence[Tensor]) -> Download:
         self.num_launched += 1
         self.busy_until_s = max(self.busy_until_s, self.now_s) + self.step_s
         return LateDownload(self, list(tensors))
+
+    @property
+    def captures(self) -> bool:
+        return self.can_capture
+
+    def capture(self, call: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
+        """The operations of the call, without the Python around them: what a graph keeps."""
+        self.num_captured += 1
+        self.memory_bytes -= self.graph_bytes
+        traced = make_fx(call)()
+        result = call()
+
+        def replay() -> None:
+            self.num_replayed += 1
+            result.copy_(traced())
+
+        return replay, result
+
+    def free_bytes(self) -> int:
+        return self.memory_bytes
+
+    def peak_bytes(self, call: Callable[[], object]) -> int:
+        call()
+        return self.step_bytes
+
+
+class MaskedOps(OpSet):
+    """Attention for one new token a sequence, without asking how long any is: what can be captured."""
+
+    @staticmethod
+    def paged_attention(
+        q: Tensor,
+        cache: KVCache,
+        batch: Batch,
+        softmax_scale: float,
+        window_size: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        if batch.max_seqlen_q > 1:
+            return OpSet.paged_attention(q, cache, batch, softmax_scale)
+        assert batch.block_tables is not None
+        k, v = (t[batch.block_tables.long()].transpose(2, 3).flatten(1, 2) for t in (cache.k, cache.v))
+        scores = torch.einsum("nhd,nthd->nht", q, k) * softmax_scale
+        hidden = torch.arange(k.shape[1]) >= batch.seq_lens[:, None]
+        scores = scores.masked_fill(hidden[:, None], float("-inf"))
+        weights = scores.softmax(-1)
+        return torch.einsum("nht,nthd->nhd", weights, v.masked_fill(hidden[:, :, None, None], 0.0))
 
 
 class LateDownload(Download):
@@ -122,7 +171,7 @@ def make_engine(
     watch: Callable[[Sequence[int]], None] = lambda request_ids: None,
     **config: object,
 ) -> LLMEngine:
-    settings = EngineConfig(**{"block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32, **config})  # type: ignore[arg-type]
+    settings = GPUConfig(**{"block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32, **config})  # type: ignore[arg-type]
     return LLMEngine(
         model,
         model.ops,
