@@ -24,8 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from engines.batch import Batch
-from engines.ops.kv_cache import KVCache
-from engines.triton.flash import LOG2_E, attend_range, load_rows, store_rows
+from engines.ops.kv_cache import KVCache, LatentCache, QuantizedKVCache
+from engines.triton.flash import LOG2_E, attend_range, load_parts, store_rows
 from engines.triton.launch import GENERIC, capability, dense_rows, power_of_two
 
 SPLIT = 256
@@ -44,34 +44,52 @@ class Tiles:
     num_stages: int
 
 
-def prefill_tiles(sm: tuple[int, int], itemsize: int, head_dim: int) -> Tiles:
+def prefill_tiles(sm: tuple[int, int], itemsize: int, head_dim: int, kind: str = "plain") -> Tiles:
     """What fits into the registers and shared memory of a generation: 227 KiB on sm 9.0, 163 on 8.0, 99 on others.
 
-    Warpgroup products of sm 9.0 want 64 rows a warpgroup; float32 has no tensor cores without rounding.
+    Warpgroup products of sm 9.0 want 64 rows a warpgroup; float32 has no tensor cores without rounding. Codes become
+    numbers in registers, and products of other generations want those of all keys in every warp.
     """
+    if kind == "latent":
+        return latent_tiles(sm, itemsize, 64)
     if sm == GENERIC:
         return Tiles(64, 64, 4, 1)
     if itemsize == 4 or sm < (8, 0):
         return Tiles(32, 32, 4, 2)
     if sm[0] in (9, 10):
         if head_dim > 128:
-            return Tiles(128, 32, 8, 2)
+            return Tiles(128, 32, 8, 2) if kind == "plain" else Tiles(64, 64, 8, 2)
         return Tiles(128, 64 if head_dim > 64 else 128, 8, 3)
+    if kind != "plain":
+        return Tiles(128, 16, 8, 2) if head_dim <= 128 else Tiles(32, 32, 8, 2)
     if head_dim > 128:
         return Tiles(64, 32, 8, 2)
     return Tiles(128, 32 if head_dim > 64 else 64, 8, 2)
 
 
-def decode_tiles(sm: tuple[int, int], itemsize: int, head_dim: int, group: int) -> Tiles:
+def decode_tiles(sm: tuple[int, int], itemsize: int, head_dim: int, group: int, kind: str = "plain") -> Tiles:
     """Keys stream through shared memory; more of them in flight where it is large."""
     block_m = min(64, power_of_two(group, 16))
+    if kind == "latent":
+        return latent_tiles(sm, itemsize, block_m)
     if sm == GENERIC:
         return Tiles(block_m, 64, 4, 1)
     if itemsize == 4 or sm < (8, 0):
         return Tiles(min(block_m, 32), 32, 4, 2)
     if head_dim > 128:
         return Tiles(block_m, 32, 4, 2)
-    return Tiles(block_m, 64, 4, 4 if sm[0] in (9, 10) else 2)
+    return Tiles(block_m, 64 if kind == "plain" else 32, 4, 4 if sm[0] in (9, 10) else 2)
+
+
+def latent_tiles(sm: tuple[int, int], itemsize: int, block_m: int) -> Tiles:
+    """For keys of 576 numbers and values of 512: 64 rows of results alone take half of the registers of 256 threads."""
+    if sm == GENERIC:
+        return Tiles(min(block_m, 16), 32, 8, 1)
+    if itemsize == 4 or sm < (8, 0):
+        return Tiles(16, 16, 8, 1)
+    if sm[0] in (9, 10):
+        return Tiles(block_m, 16, 8, 3) if block_m > 32 else Tiles(block_m, 32, 4 if block_m == 16 else 8, 3)
+    return Tiles(min(block_m, 32), 32, 8, 2)
 
 
 @triton.jit
@@ -79,6 +97,8 @@ def prefill_kernel(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
+    k_scales_ptr: tl.tensor,
+    v_scales_ptr: tl.tensor,
     out_ptr: tl.tensor,
     offsets_ptr: tl.tensor,
     lens_ptr: tl.tensor,
@@ -102,9 +122,11 @@ def prefill_kernel(
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
+    NEXT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    KIND: tl.constexpr,
     PAGED: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
@@ -133,10 +155,7 @@ def prefill_kernel(
     tokens, heads = rows // GROUP, kv_head * GROUP + rows % GROUP
     inside = tokens < count
     q_at = (begin + tokens).to(tl.int64) * q_token_stride + heads * q_head_stride
-    q0 = load_rows(q_ptr, q_at, inside, 0, D0, D, True)
-    q1 = q0
-    if D1:
-        q1 = load_rows(q_ptr, q_at, inside, D0, D1, D, True)
+    q0, q1 = load_parts(q_ptr, q_at, inside, D, D0, D1, NEXT, KIND, True)
     low, end, before = 0, count, 0
     if PAGED:
         before = tl.load(lens_ptr + seq) - count
@@ -144,6 +163,9 @@ def prefill_kernel(
         k_ptr += kv_head * k_head_stride
         v_ptr += kv_head * v_head_stride
         tables_ptr += seq.to(tl.int64) * table_stride
+        if KIND != "plain" and KIND != "latent":
+            k_scales_ptr += kv_head * BLOCK_SIZE * (1 if KIND == "fp8" else 2)
+            v_scales_ptr += kv_head * BLOCK_SIZE * (1 if KIND == "fp8" else 2)
     else:
         k_ptr += begin.to(tl.int64) * k_slot_stride + kv_head * k_head_stride
         v_ptr += begin.to(tl.int64) * v_slot_stride + kv_head * v_head_stride
@@ -157,13 +179,13 @@ def prefill_kernel(
         most = tl.full([BLOCK_M], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_M], tl.float32)
     acc0, acc1, most, total = attend_range(
-        low, end, first_position, end - 1, most, total, q0, q1, before + tokens, k_ptr, v_ptr, tables_ptr,
-        k_block_stride, v_block_stride, k_slot_stride, v_slot_stride, window, scale, softcap,
-        D, D0, D1, BLOCK_M, BLOCK_N, BLOCK_SIZE, PAGED, WINDOW, SOFTCAP,
+        low, end, first_position, end - 1, most, total, q0, q1, before + tokens, k_ptr, v_ptr, k_scales_ptr,
+        v_scales_ptr, tables_ptr, k_block_stride, v_block_stride, k_slot_stride, v_slot_stride, window, scale, softcap,
+        KV_HEADS, D, D0, D1, NEXT, BLOCK_M, BLOCK_N, BLOCK_SIZE, KIND, PAGED, WINDOW, SOFTCAP,
     )  # fmt: skip
     share = (1.0 / tl.where(inside, total, 1.0))[:, None]
-    out_at = ((begin + tokens).to(tl.int64) * (KV_HEADS * GROUP) + heads) * D
-    store_rows(out_ptr, out_at, inside, acc0 * share, acc1 * share, D, D0, D1)
+    out_at = ((begin + tokens).to(tl.int64) * (KV_HEADS * GROUP) + heads) * (NEXT if KIND == "latent" else D)
+    store_rows(out_ptr, out_at, inside, acc0 * share, acc1 * share, D, D0, D1, NEXT, KIND)
 
 
 @triton.jit
@@ -181,6 +203,8 @@ def decode_kernel(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
+    k_scales_ptr: tl.tensor,
+    v_scales_ptr: tl.tensor,
     out_ptr: tl.tensor,
     parts_ptr: tl.tensor,
     sums_ptr: tl.tensor,
@@ -205,9 +229,11 @@ def decode_kernel(
     D: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
+    NEXT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    KIND: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
@@ -233,10 +259,12 @@ def decode_kernel(
     inside = rows < GROUP
     heads = kv_head * GROUP + rows
     q_at = begin.to(tl.int64) * q_token_stride + heads * q_head_stride
-    q0 = load_rows(q_ptr, q_at, inside, 0, D0, D, True)
-    q1 = q0
-    if D1:
-        q1 = load_rows(q_ptr, q_at, inside, D0, D1, D, True)
+    q0, q1 = load_parts(q_ptr, q_at, inside, D, D0, D1, NEXT, KIND, True)
+    k_ptr += kv_head * k_head_stride
+    v_ptr += kv_head * v_head_stride
+    if KIND != "plain" and KIND != "latent":
+        k_scales_ptr += kv_head * BLOCK_SIZE * (1 if KIND == "fp8" else 2)
+        v_scales_ptr += kv_head * BLOCK_SIZE * (1 if KIND == "fp8" else 2)
     most = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if SINKS:  # noqa: SIM102 (a constant, and a number of the device)
@@ -245,17 +273,18 @@ def decode_kernel(
             total += 1.0
     acc0, acc1, most, total = attend_range(
         first, tl.minimum(first + part, length), length - 1, length - 1, most, total, q0, q1, length - 1 + rows * 0,
-        k_ptr + kv_head * k_head_stride, v_ptr + kv_head * v_head_stride,
-        tables_ptr + seq.to(tl.int64) * table_stride, k_block_stride, v_block_stride, k_slot_stride, v_slot_stride,
-        window, scale, softcap, D, D0, D1, BLOCK_M, BLOCK_N, BLOCK_SIZE, True, WINDOW, SOFTCAP,
+        k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, tables_ptr + seq.to(tl.int64) * table_stride,
+        k_block_stride, v_block_stride, k_slot_stride, v_slot_stride, window, scale, softcap,
+        KV_HEADS, D, D0, D1, NEXT, BLOCK_M, BLOCK_N, BLOCK_SIZE, KIND, True, WINDOW, SOFTCAP,
     )  # fmt: skip
     share = (1.0 / total)[:, None]
+    width: tl.constexpr = NEXT if KIND == "latent" else D
     if length - low <= part:
-        out_at = (begin.to(tl.int64) * (KV_HEADS * GROUP) + heads) * D
-        store_rows(out_ptr, out_at, inside, acc0 * share, acc1 * share, D, D0, D1)
+        out_at = (begin.to(tl.int64) * (KV_HEADS * GROUP) + heads) * width
+        store_rows(out_ptr, out_at, inside, acc0 * share, acc1 * share, D, D0, D1, NEXT, KIND)
     else:
         at = (seq.to(tl.int64) * (KV_HEADS * GROUP) + heads) * tl.num_programs(2) + split
-        store_rows(parts_ptr, at * D, inside, acc0 * share, acc1 * share, D, D0, D1)
+        store_rows(parts_ptr, at * width, inside, acc0 * share, acc1 * share, D, D0, D1, NEXT, KIND)
         tl.store(sums_ptr + at, most + tl.log2(total), mask=inside)
 
 
@@ -310,6 +339,49 @@ def num_splits(max_seqlen: int) -> int:
     return max(1, min(MAX_SPLITS, -(-max_seqlen // SPLIT)))
 
 
+@dataclass(frozen=True)
+class Keys:
+    """Keys and values as the kernels take them: paged, or plain ones of an encoder."""
+
+    k: Tensor
+    v: Tensor
+    k_strides: tuple[int, int, int]
+    """Of a block, a head and a slot (a token where there are no blocks)."""
+    v_strides: tuple[int, int, int]
+    num_heads: int
+    block_size: int
+    """0: not paged."""
+    kind: str = "plain"
+    rank: int = 0
+    k_scales: Tensor | None = None
+    v_scales: Tensor | None = None
+
+    def parts(self, head_dim: int) -> tuple[int, int, int]:
+        """D0, D1 and NEXT of flash.py."""
+        return parts_of(self.kind, head_dim, self.rank)
+
+
+def parts_of(kind: str, head_dim: int, rank: int = 0) -> tuple[int, int, int]:
+    """(width of the first part, width of the second, first column of the second), as flash.py has them."""
+    if kind == "latent":
+        return power_of_two(rank, 16), power_of_two(head_dim - rank, 16), rank
+    if kind == "int4":
+        width = power_of_two(-(-head_dim // 2), 16)
+        return width, width, 1
+    first, second = halves(head_dim)
+    return first, second, first
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What becomes of a product of query and key."""
+
+    scale: float
+    window: int = 0
+    softcap: float = 0.0
+    sinks: Tensor | None = None
+
+
 def paged_attention(
     q: Tensor,
     cache: KVCache,
@@ -324,16 +396,40 @@ def paged_attention(
     A token's bits do not depend on the batch around it, nor on where its prompt was cut; but the one token of a
     decoding sequence is summed in another order than it would be as the last one of a longer piece of prompt.
     """
-    assert batch.block_tables is not None
-    q = dense_rows(q)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if not q.shape[0]:
-        return out
-    if batch.max_seqlen_q > 1:
-        _prefill(q, cache.k, cache.v, out, batch, cache, softmax_scale, window_size, softcap, sinks)
-    if batch.max_seqlen_q == 1 or batch.num_seqs > 1:
-        _decode(q, cache, out, batch, softmax_scale, window_size, softcap, sinks)
-    return out
+    (k_block, k_head, k_slot, _), (v_block, v_head, v_slot, _) = cache.k.stride(), cache.v.stride()
+    keys = Keys(
+        cache.k, cache.v, (k_block, k_head, k_slot), (v_block, v_head, v_slot), cache.k.shape[1], cache.block_size
+    )
+    return _attend(q, keys, batch, Scores(softmax_scale, window_size, softcap, sinks))
+
+
+def quantized_attention(
+    q: Tensor,
+    cache: QuantizedKVCache,
+    batch: Batch,
+    softmax_scale: float,
+    window_size: int = 0,
+    softcap: float = 0.0,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """As the reference; keys and values are rounded to q's dtype. Of bits, what paged_attention says holds."""
+    _, num_heads, size, width = cache.k.shape
+    strides = (num_heads * size * width, size * width, width)
+    k, v = cache.k.view(torch.uint8).contiguous(), cache.v.view(torch.uint8).contiguous()
+    scales = cache.k_scales.contiguous(), cache.v_scales.contiguous()
+    keys = Keys(k, v, strides, strides, num_heads, size, cache.kv_dtype, 0, *scales)
+    return _attend(q, keys, batch, Scores(softmax_scale, window_size, softcap, sinks))
+
+
+def latent_attention(q: Tensor, cache: LatentCache, batch: Batch, softmax_scale: float) -> Tensor:
+    """As the reference; a tile of latents is read once, and is key and value of all heads. Of bits, what
+    paged_attention says holds.
+    """
+    block, slot, _ = cache.data.stride()
+    keys = Keys(
+        cache.data, cache.data, (block, 0, slot), (block, 0, slot), 1, cache.block_size, "latent", cache.rank
+    )  # fmt: skip
+    return _attend(q, keys, batch, Scores(softmax_scale))
 
 
 def encoder_attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, softmax_scale: float) -> Tensor:
@@ -341,125 +437,121 @@ def encoder_attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, softmax_sca
     q, k, v = dense_rows(q), dense_rows(k), dense_rows(v)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if q.shape[0]:
-        _prefill(q, k, v, out, batch, None, softmax_scale, 0, 0.0, None)
+        keys = Keys(k, v, (0, k.stride(1), k.stride(0)), (0, v.stride(1), v.stride(0)), k.shape[1], 0)
+        _prefill(q, keys, out, batch, Scores(softmax_scale))
     return out
 
 
-def _prefill(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    batch: Batch,
-    cache: KVCache | None,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
-) -> None:
-    """cache: None for plain keys, [num_tokens, num_heads, head_dim] as q."""
+def _attend(q: Tensor, keys: Keys, batch: Batch, scores: Scores) -> Tensor:
+    assert batch.block_tables is not None
+    q = dense_rows(q)
+    out = torch.empty((*q.shape[:2], keys.rank or q.shape[2]), dtype=q.dtype, device=q.device)
+    if not q.shape[0]:
+        return out
+    if batch.max_seqlen_q > 1:
+        _prefill(q, keys, out, batch, scores)
+    if batch.max_seqlen_q == 1 or batch.num_seqs > 1:
+        _decode(q, keys, out, batch, scores)
+    return out
+
+
+def _prefill(q: Tensor, keys: Keys, out: Tensor, batch: Batch, scores: Scores) -> None:
     num_heads, head_dim = q.shape[1:]
-    group = num_heads // k.shape[1]
-    tiles = prefill_tiles(capability(q.device), q.element_size(), head_dim)
-    slot, head = (2, 1) if cache is not None else (0, 1)
-    first, second = halves(head_dim)
-    prefill_kernel[(q.shape[0] * group // tiles.block_m + batch.num_seqs, k.shape[1])](
+    group = num_heads // keys.num_heads
+    tiles = prefill_tiles(capability(q.device), q.element_size(), head_dim, keys.kind)
+    first, second, following = keys.parts(head_dim)
+    prefill_kernel[(q.shape[0] * group // tiles.block_m + batch.num_seqs, keys.num_heads)](
         q,
-        k,
-        v,
+        keys.k,
+        keys.v,
+        keys.k_scales,
+        keys.v_scales,
         out,
         batch.cu_seqlens_q,
         batch.seq_lens,
         batch.block_tables,
-        sinks,
+        scores.sinks,
         batch.num_seqs,
         *q.stride()[:2],
-        k.stride(0),
-        v.stride(0),
-        k.stride(head),
-        v.stride(head),
-        k.stride(slot),
-        v.stride(slot),
+        *(stride for pair in zip(keys.k_strides, keys.v_strides, strict=True) for stride in pair),
         0 if batch.block_tables is None else batch.block_tables.stride(0),
-        window,
-        scale,
-        softcap,
-        KV_HEADS=k.shape[1],
+        scores.window,
+        scores.scale,
+        scores.softcap,
+        KV_HEADS=keys.num_heads,
         GROUP=group,
         D=head_dim,
         D0=first,
         D1=second,
+        NEXT=following,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
-        BLOCK_SIZE=1 if cache is None else cache.block_size,
-        PAGED=cache is not None,
-        WINDOW=window > 0,
-        SOFTCAP=softcap > 0,
-        SINKS=sinks is not None,
+        BLOCK_SIZE=keys.block_size or 1,
+        KIND=keys.kind,
+        PAGED=keys.block_size > 0,
+        WINDOW=scores.window > 0,
+        SOFTCAP=scores.softcap > 0,
+        SINKS=scores.sinks is not None,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
 
 
-def _decode(
-    q: Tensor,
-    cache: KVCache,
-    out: Tensor,
-    batch: Batch,
-    scale: float,
-    window: int,
-    softcap: float,
-    sinks: Tensor | None,
-) -> None:
+def _decode(q: Tensor, keys: Keys, out: Tensor, batch: Batch, scores: Scores) -> None:
     assert batch.block_tables is not None
     num_heads, head_dim = q.shape[1:]
-    kv_heads = cache.k.shape[1]
-    group = num_heads // kv_heads
-    tiles = decode_tiles(capability(q.device), q.element_size(), head_dim, group)
+    group = num_heads // keys.num_heads
+    tiles = decode_tiles(capability(q.device), q.element_size(), head_dim, group, keys.kind)
+    window = scores.window
     splits = num_splits(min(batch.max_seqlen_k, window + tiles.block_n) if window else batch.max_seqlen_k)
     seqs = batch.num_seqs if splits > 1 else 0
-    parts = torch.empty((seqs, num_heads, splits, head_dim), dtype=torch.float32, device=q.device)
+    parts = torch.empty((seqs, num_heads, splits, out.shape[2]), dtype=torch.float32, device=q.device)
     sums = torch.empty((seqs, num_heads, splits), dtype=torch.float32, device=q.device)
-    first, second = halves(head_dim)
-    decode_kernel[(batch.num_seqs, kv_heads * triton.cdiv(group, tiles.block_m), splits)](
+    first, second, following = keys.parts(head_dim)
+    decode_kernel[(batch.num_seqs, keys.num_heads * triton.cdiv(group, tiles.block_m), splits)](
         q,
-        cache.k,
-        cache.v,
+        keys.k,
+        keys.v,
+        keys.k_scales,
+        keys.v_scales,
         out,
         parts,
         sums,
         batch.cu_seqlens_q,
         batch.seq_lens,
         batch.block_tables,
-        sinks,
+        scores.sinks,
         *q.stride()[:2],
-        cache.k.stride(0),
-        cache.v.stride(0),
-        cache.k.stride(1),
-        cache.v.stride(1),
-        cache.k.stride(2),
-        cache.v.stride(2),
+        *(stride for pair in zip(keys.k_strides, keys.v_strides, strict=True) for stride in pair),
         batch.block_tables.stride(0),
         window,
-        scale,
-        softcap,
-        KV_HEADS=kv_heads,
+        scores.scale,
+        scores.softcap,
+        KV_HEADS=keys.num_heads,
         GROUP=group,
         D=head_dim,
         D0=first,
         D1=second,
+        NEXT=following,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
-        BLOCK_SIZE=cache.block_size,
+        BLOCK_SIZE=keys.block_size,
+        KIND=keys.kind,
         WINDOW=window > 0,
-        SOFTCAP=softcap > 0,
-        SINKS=sinks is not None,
+        SOFTCAP=scores.softcap > 0,
+        SINKS=scores.sinks is not None,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )
     if splits > 1:
+        block = power_of_two(out.shape[2])
         join_kernel[(batch.num_seqs, num_heads)](
             parts, sums, out, batch.cu_seqlens_q, batch.seq_lens, window, splits,
-            D=head_dim, D_BLOCK=power_of_two(head_dim), S_BLOCK=power_of_two(splits, 2), BLOCK_N=tiles.block_n,
-            WINDOW=window > 0, num_warps=4,
+            D=out.shape[2], D_BLOCK=block, S_BLOCK=power_of_two(splits, 2), BLOCK_N=tiles.block_n,
+            WINDOW=window > 0, num_warps=join_warps(block),
         )  # fmt: skip
+
+
+def join_warps(block: int) -> int:
+    """Warps that hold 64 parts of so many numbers: 128 a thread."""
+    return 8 if block > 256 else 4

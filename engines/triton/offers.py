@@ -1,7 +1,7 @@
 """What the Triton engine offers on a host: every op of a decoder and of an encoder, for any size of head up to 256, and
 every weight format.
 
-Mixtures of experts, latent attention and quantized caches run on the reference.
+Mixtures of experts run on the reference.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DTYPES = one_of("float32", "bfloat16", "float16")
 HEADS = {"dtype": DTYPES, "head_dim": Allowed(ge=1, le=256)}
 ATTENTION = {**HEADS, "group": Allowed(ge=1), "window": YES, "softcap": YES, "sinks": YES}
 KV_DTYPES = one_of("int8", "int4", "fp8")
-LATENT = {"dtype": DTYPES, "kv_lora_rank": ANYTHING, "rope_dim": ANYTHING}
+LATENT = {"dtype": DTYPES, "kv_lora_rank": Allowed(ge=1, le=512), "rope_dim": Allowed(ge=1, le=64)}
 QUANTIZED: dict[str, Allowed] = {
     "dtype": DTYPES,
     "quantization": one_of("awq", "gptq", "fp8", "compressed-tensors", "mxfp4", "int8"),
@@ -67,9 +67,7 @@ OPS: dict[str, dict[str, Allowed]] = {
     "parallelism": {name: one_of(1) for name in ("tp", "dp", "ep")},
 }
 """head_linear, embedding, top_logprobs and linear of plain weights are a call or two of torch's own kernels."""
-REFERENCE = frozenset(
-    {"write_quantized_kv", "quantized_attention", "write_latent", "latent_attention", "route", "fused_experts"}
-)
+REFERENCE = frozenset({"route", "fused_experts"})
 """Ops without a kernel: right, and slower than they could be."""
 
 

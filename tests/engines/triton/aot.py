@@ -30,8 +30,8 @@ Build = tuple[str, Any, dict[str, Any], dict[str, str], int, int]
 """(name, kernel, constants, types of arguments that are not pointers to the compute dtype, warps, stages)"""
 INTEGERS = ("offsets_ptr", "lens_ptr", "tables_ptr", "prompt_ptr", "output_ptr", "slots_ptr", "experts_ptr")
 LONG = ("positions_ptr", "top_k_ptr", "stream_ptr", "position_ptr", "targets_ptr")
-FLOATS = ("sinks_ptr", "parts_ptr", "sums_ptr", "temperature_ptr", "top_p_ptr", "min_p_ptr", "repetition_ptr",
-          "presence_ptr", "frequency_ptr", "scales_ptr", "x_scales_ptr")  # fmt: skip
+FLOATS = ("k_scales_ptr", "v_scales_ptr", "sinks_ptr", "parts_ptr", "sums_ptr", "temperature_ptr", "top_p_ptr",
+          "min_p_ptr", "repetition_ptr", "presence_ptr", "frequency_ptr", "scales_ptr", "x_scales_ptr")  # fmt: skip
 
 
 def builds(sm: int, group: str) -> Iterator[Build]:
@@ -43,6 +43,16 @@ def builds(sm: int, group: str) -> Iterator[Build]:
             (64, {}),
         ):
             yield from attentions(divmod(sm, 10), head_dim, options)
+    elif group == "cache":
+        for kind, head_dim in (
+            ("int8", 128),
+            ("int4", 128),
+            ("fp8", 128),
+            ("int8", 80),
+            ("int4", 256),
+            ("latent", 576),
+        ):
+            yield from cached(divmod(sm, 10), kind, head_dim)
     elif group == "elementwise":
         yield from elementwise()
     elif group == "packed":
@@ -58,11 +68,7 @@ def builds(sm: int, group: str) -> Iterator[Build]:
 
 
 def attentions(sm: tuple[int, int], head_dim: int, options: dict[str, bool]) -> Iterator[Build]:
-    first, second = attention.halves(head_dim)
-    flags = {"WINDOW": False, "SOFTCAP": False, "SINKS": False, **options}
-    heads = {"KV_HEADS": 8, "GROUP": 4, "D": head_dim, "D0": first, "D1": second, "BLOCK_SIZE": 32, **flags}
-    if not flags["SINKS"]:
-        heads["sinks_ptr"] = None
+    heads = constants("plain", head_dim, options)
     for paged in (True, False) if not options else (True,):
         tiles = attention.prefill_tiles(sm, 2, head_dim)
         own = {**heads, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "PAGED": paged}
@@ -70,11 +76,56 @@ def attentions(sm: tuple[int, int], head_dim: int, options: dict[str, bool]) -> 
             own |= {"GROUP": 1, "BLOCK_SIZE": 1, "tables_ptr": None}
         name = "prefill" if paged else "encoder"
         yield f"{name} {head_dim}", attention.prefill_kernel, own, {}, tiles.num_warps, tiles.num_stages
-    tiles = attention.decode_tiles(sm, 2, head_dim, 4)
+    yield decoding(sm, str(head_dim), heads, 4)
+    own = {"D": head_dim, "D_BLOCK": power_of_two(head_dim), "S_BLOCK": 64, "BLOCK_N": 64, "WINDOW": heads["WINDOW"]}
+    yield f"join {head_dim}", attention.join_kernel, own, {}, attention.join_warps(power_of_two(head_dim)), 3
+
+
+def cached(sm: tuple[int, int], kind: str, head_dim: int) -> Iterator[Build]:
+    """Codes, or the latents of DeepSeek V2 Lite (16 heads) and V3 (128)."""
+    heads = constants(kind, head_dim, {"WINDOW": head_dim == 80})
+    tiles = attention.prefill_tiles(sm, 2, head_dim, kind)
+    own = {**heads, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n, "PAGED": True}
+    types = {} if kind == "latent" else {"k_ptr": "*u8", "v_ptr": "*u8"}
+    yield f"prefill {kind} {head_dim}", attention.prefill_kernel, own, types, tiles.num_warps, tiles.num_stages
+    for group in (16, 128) if kind == "latent" else (4,):
+        yield decoding(sm, f"{kind} {head_dim}, group of {group}", {**heads, "GROUP": group}, group, types)
+    if kind == "latent":
+        own = {"D": 512, "D_BLOCK": 512, "S_BLOCK": 64, "BLOCK_N": 64, "WINDOW": False}
+        yield "join latent", attention.join_kernel, own, {}, attention.join_warps(512), 3
+        yield (
+            "write_latent",
+            kv_cache.write_latent_kernel,
+            {"D": 576, "D_BLOCK": 1024},
+            {"slots_ptr": "*i64"},
+            warps(1024),
+            3,
+        )
+    else:
+        block = power_of_two(head_dim // 2 if kind == "int4" else head_dim)
+        own = {"BLOCK_SIZE": 32, "HEADS": 8, "HEADS_BLOCK": 8, "D": head_dim, "D_BLOCK": block, "KIND": kind}
+        types = {"k_codes_ptr": "*u8", "v_codes_ptr": "*u8", "slots_ptr": "*i64"}
+        yield f"write {kind} {head_dim}", kv_cache.write_quantized_kv_kernel, own, types, warps(8 * block), 3
+
+
+def constants(kind: str, head_dim: int, options: dict[str, bool]) -> dict[str, Any]:
+    """What all kernels of attention are compiled for."""
+    flags = {"WINDOW": False, "SOFTCAP": False, "SINKS": False, **options}
+    first, second, following = attention.parts_of(kind, head_dim, 512)
+    heads = {"KV_HEADS": 8, "GROUP": 4, "D": head_dim, "D0": first, "D1": second, "NEXT": following, "KIND": kind}
+    if kind == "latent":
+        heads |= {"KV_HEADS": 1, "GROUP": 16}
+    absent = [] if flags["SINKS"] else ["sinks_ptr"]
+    absent += ["k_scales_ptr", "v_scales_ptr"] if kind in ("plain", "latent") else []
+    return {**heads, "BLOCK_SIZE": 32, **flags, **dict.fromkeys(absent)}
+
+
+def decoding(
+    sm: tuple[int, int], name: str, heads: dict[str, Any], group: int, types: dict[str, str] | None = None
+) -> Build:
+    tiles = attention.decode_tiles(sm, 2, heads["D"], group, heads["KIND"])
     own = {**heads, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
-    yield f"decode {head_dim}", attention.decode_kernel, own, {}, tiles.num_warps, tiles.num_stages
-    own = {"D": head_dim, "D_BLOCK": power_of_two(head_dim), "S_BLOCK": 64, "BLOCK_N": tiles.block_n}
-    yield f"join {head_dim}", attention.join_kernel, {**own, "WINDOW": flags["WINDOW"]}, {}, 4, 3
+    return f"decode {name}", attention.decode_kernel, own, types or {}, tiles.num_warps, tiles.num_stages
 
 
 def elementwise() -> Iterator[Build]:

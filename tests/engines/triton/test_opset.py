@@ -14,11 +14,13 @@ from tests.compare import assert_as_exact, assert_bitwise_equal
 
 CASES = [case for case in cases() if origin(OpSet(), case.op) != "reference"]
 PRODUCTS = ("linear", "fused_experts")
-FAST = [(c, d) for i, c in enumerate(CASES) if c.op != "paged_attention" for j, d in enumerate(c.dtypes)
+OVER_A_CACHE = ("paged_attention", "quantized_attention", "latent_attention")
+FAST = [(c, d) for i, c in enumerate(CASES) if c.op not in OVER_A_CACHE for j, d in enumerate(c.dtypes)
         if c.op not in PRODUCTS or i % 3 == j]  # fmt: skip
-ATTENTION = [(case, dtype) for case in CASES if case.op == "paged_attention" for dtype in FLOATS]
+ATTENTION = [(case, dtype) for case in CASES if case.op in OVER_A_CACHE for dtype in FLOATS]
 NAMES = [case.name for case in attention_cases.PLAIN]
 """Those in larger blocks run the same code with another constant."""
+NAMES += ["int8 ragged", "int4 head 33", "fp8 window, softcap, sinks", "int4 nothing", "published"]
 # Each case of attention and of products in one dtype; all of them in all take minutes.
 SOME = [(case, dtype) for i, (case, dtype) in enumerate(ATTENTION) if i // 3 % 3 == i % 3 and case.name in NAMES]
 REST = [pair for pair in ATTENTION if pair not in SOME]
