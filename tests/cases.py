@@ -55,6 +55,14 @@ def call(ops: OpSet, case: Case, arguments: tuple[Any, ...]) -> list[Tensor]:
         else:
             prepared = ops.prepare_quantized(weight, bias, x.dtype)
         returned = ops.linear(x, prepared)
+    elif case.op == "mlp":
+        x, up, down, *biases = own
+        quantized = [isinstance(weight, Int8Weight) for weight in (up, down)]
+        prepared = [
+            ops.prepare_quantized(weight, bias, x.dtype) if is_int8 else ops.prepare_linear(weight, bias)
+            for weight, bias, is_int8 in zip((up, down), biases, quantized, strict=True)
+        ]
+        returned = ops.mlp(x, *prepared, **case.options)
     elif case.op == "fused_experts":
         x, gate_up, down, *routed = own
         returned = ops.fused_experts(x, ops.prepare_experts(gate_up, down, x.dtype), *routed, **case.options)
@@ -97,7 +105,7 @@ def numbers(*shape: int, dtype: torch.dtype, seed: int = 0, stretch: float = 1.0
 
 def cases() -> tuple[Case, ...]:
     makers = (
-        norms, activations, rotations, cache_writes, attentions, quantized_caches, latents, encoders, products,
+        norms, activations, rotations, cache_writes, attentions, quantized_caches, latents, encoders, products, mlps,
         quantized_products, adapted, experts, choices,
     )  # fmt: skip
     return tuple(itertools.chain.from_iterable(make() for make in makers))
@@ -306,6 +314,38 @@ def products() -> Iterator[Case]:
 
     yield Case("embedding", "4", rows_of_a_table, {})
     yield Case("embedding", "0", lambda dtype: (torch.zeros(0, dtype=torch.int64), rows_of_a_table(dtype)[1]), {})
+
+
+def mlps() -> Iterator[Case]:
+    """Rows on both sides of where op sets change their ways; inner sizes of whole tiles and not."""
+    for rows, size, inner, bias in ((0, 64, 32, False), (1, 33, 48, True), (5, 40, 37, True), (150, 96, 80, False)):
+        for gated in (False, True):
+            name = "gelu_tanh" if bias else "silu"
+
+            def make(
+                dtype: torch.dtype,
+                rows: int = rows,
+                size: int = size,
+                inner: int = inner,
+                bias: bool = bias,
+                gated: bool = gated,
+            ) -> tuple[Any, ...]:
+                shapes = ((2 * inner if gated else inner, size), (size, inner))
+                weights = [
+                    numbers(*shape, dtype=dtype, seed=i, stretch=0.3).contiguous() for i, shape in enumerate(shapes)
+                ]
+                biases = [numbers(len(w), dtype=dtype, seed=3).contiguous() if bias else None for w in weights]
+                return numbers(rows, size, dtype=dtype), *weights, *biases
+
+            yield Case(
+                "mlp", f"{rows}x{size}x{inner}{'-gated' if gated else ''}", make, {"activation": name, "gated": gated}
+            )
+
+    def integers(dtype: torch.dtype) -> tuple[Any, ...]:
+        weights = (quantized_weights(out, size)["int8 static"] for out, size in ((192, 96), (96, 96)))
+        return numbers(150, 96, dtype=dtype), *weights, None, None
+
+    yield Case("mlp", "150-int8 static", integers, {"activation": "relu", "gated": True})
 
 
 def quantized_weights(out: int, size: int) -> dict[str, QuantizedWeight]:

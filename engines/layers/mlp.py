@@ -25,6 +25,9 @@ class GatedMLP:
 
     def forward(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
         """adapter_ids: as Batch has them, for the tokens in x."""
+        up, down = self.gate_up_proj, self.down_proj
+        if not (up.adapted(adapter_ids) or down.adapted(adapter_ids)):
+            return self.ops.mlp(x, up.weight, down.weight, self.act, gated=True)
         inner = self.ops.act_and_mul(self.gate_up_proj.forward(x, adapter_ids), self.act)
         return self.down_proj.forward(inner, adapter_ids)
 
@@ -41,4 +44,4 @@ class MLP:
         self.output = Linear(LinearSource((f"{name}.output.dense",), inner, (outer,), bias=True), weights, fmt, ops)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output.forward(self.ops.act(self.intermediate.forward(x), self.act))
+        return self.ops.mlp(x, self.intermediate.weight, self.output.weight, self.act, gated=False)
