@@ -256,7 +256,9 @@ class TransformersModel:
             step = ProbeStep(self.ops, _probe_batch(own.device), [])
             routed = self._routed(step)
             self._check_probe(config, step, own, routed)
-        except (NotRoutable, TypeError, ValueError) as error:
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a class makes of it, and kernels of a head that they do not take
             self.model.set_attn_implementation("eager")
             return str(error)
         self.paged = True

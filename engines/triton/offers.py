@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engines.api import GPUConfig
-from engines.capability import ANYTHING, YES, Allowed, Offer, one_of
+from engines.capability import ANYTHING, DENSE_ONLY, YES, Allowed, Offer, one_of
 from engines.discover import names
 from engines.platform import Host, accelerator_blockers
 
@@ -65,6 +65,7 @@ OPS: dict[str, dict[str, Allowed]] = {
     "log_softmax_gather": {},
     "top_logprobs": {},
     "parallelism": {name: one_of(1) for name in ("tp", "dp", "ep")},
+    "transformers_model": {"dtype": DTYPES, "quantization": DENSE_ONLY},
 }
 """head_linear, embedding, top_logprobs and linear of plain weights are a call or two of torch's own kernels."""
 REFERENCE = frozenset({"route", "fused_experts"})

@@ -238,7 +238,8 @@ def test_every_combination_has_a_verdict_or_a_named_error(architecture: str, hos
         runnable = architecture != "NobodyForCausalLM" and read and (native or not adapters)
         on_cuda = host in ("sm80", "sm90") and dtype != "float32" and native and backend != "cpu"
         on_cuda = on_cuda and quantization != "nameless" and not adapters
-        on_triton = backend == "auto" and native and quantization != "nameless" and not adapters
+        on_triton = backend == "auto" and quantization != "nameless" and (native or quantization == "none")
+        on_triton = on_triton and known and not adapters
         capable = host[:4] in ("sm80", "sm90") or host in ("rocm", "ascend")
         on_triton = on_triton and (capable or (host == "sm75" and dtype != "bfloat16"))
         runnable = runnable and (on_cuda or backend != "cuda")
