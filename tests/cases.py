@@ -392,6 +392,19 @@ def quantized_products() -> Iterator[Case]:
 
             yield Case("linear", f"{name} {rows}x{size}x{out}{'+bias' if bias else ''}", make, {})
 
+    for tile in ((1, 384), (128, 128)):
+
+        def eight_bits(dtype: torch.dtype, tile: tuple[int, int] = tile) -> tuple[Any, ...]:
+            """Inputs that are 8-bit floats, with a scale of 1: op sets that round them change nothing."""
+            generator = torch.Generator().manual_seed(0)
+            x, weight = (torch.randn(n, 384, generator=generator).to(torch.float8_e4m3fn) for n in (70, 200))
+            x = x.to(dtype)
+            x[:, ::128] = 448.0
+            scales = torch.rand(-(-200 // tile[0]), 384 // tile[1], generator=generator) + 0.5
+            return x, Float8Weight(weight, scales, tile), None
+
+        yield Case("linear", f"fp8 inputs {tile[0]}x{tile[1]}", eight_bits, {})
+
 
 def adapted() -> Iterator[Case]:
     """Tokens without an adapter, adapters without a token, an adapter that is filled up with zeros."""

@@ -26,8 +26,12 @@ extern "C" __attribute__((visibility("default"), used)) const char cuda_ops_tabl
     "write_kv dtype" CUDA_OPS_FLOATS
     "write_kv head_dim any\n"
     "act_and_mul dtype" CUDA_OPS_FLOATS
-    "act_and_mul activation silu gelu gelu_tanh relu\n"
-    "linear weights w4a16 w8a8 mxfp4\n"
+    "act_and_mul activation silu gelu gelu_tanh relu swiglu_oai\n"
+    "linear weights w4a16 w8a8 fp8 mxfp4\n"
+    "route scoring softmax softmax_of_chosen sigmoid\n"
+    "fused_experts dtype" CUDA_OPS_HALVES
+    "fused_experts activation silu gelu gelu_tanh relu swiglu_oai\n"
+    "fused_experts weights w4a16 w8a8 fp8 mxfp4\n"
     "softcap dtype" CUDA_OPS_FLOATS
     "sample dtype float32\n"
     "apply_penalties dtype float32\n"

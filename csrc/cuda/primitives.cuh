@@ -7,6 +7,7 @@
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -77,6 +78,11 @@ template <> __device__ __forceinline__ uint32_t multiply_pairs<bf16>(uint32_t a,
 template <> __device__ __forceinline__ uint32_t multiply_pairs<fp16>(uint32_t a, uint32_t b) {
   const __half2 d = __hmul2(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
   return reinterpret_cast<const uint32_t&>(d);
+}
+
+// Two values rounded to E4M3 in the lower half, the first in the low byte; at most 448 in magnitude, NaN stays NaN.
+__device__ __forceinline__ uint32_t pack_e4m3(float low, float high) {
+  return __nv_cvt_float2_to_fp8x2(float2{low, high}, __NV_SATFINITE, __NV_E4M3);
 }
 
 // a * b and a + b as they are written: no fused multiply-add.

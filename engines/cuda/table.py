@@ -27,8 +27,12 @@ rope kind any
 write_kv dtype float32 bfloat16 float16
 write_kv head_dim any
 act_and_mul dtype float32 bfloat16 float16
-act_and_mul activation silu gelu gelu_tanh relu
-linear weights w4a16 w8a8 mxfp4
+act_and_mul activation silu gelu gelu_tanh relu swiglu_oai
+linear weights w4a16 w8a8 fp8 mxfp4
+route scoring softmax softmax_of_chosen sigmoid
+fused_experts dtype bfloat16 float16
+fused_experts activation silu gelu gelu_tanh relu swiglu_oai
+fused_experts weights w4a16 w8a8 fp8 mxfp4
 softcap dtype float32 bfloat16 float16
 sample dtype float32
 apply_penalties dtype float32

@@ -32,6 +32,7 @@ UNSEEN = {
 OPS_OF = {
     "attention": ["paged_attention"],
     "elementwise": ["rms_norm", "add_rms_norm"],
+    "moe": ["route", "fused_experts"],
     "product": ["linear"],
     "quantize": ["linear"],
     "splits": ["linear"],

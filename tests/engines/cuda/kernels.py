@@ -15,7 +15,8 @@ from torch import Tensor
 from engines.batch import Batch
 from engines.cuda.opset import OpSet
 from engines.ops.kv_cache import KVCache
-from engines.ops.quantized import GroupedIntWeight, Int8Weight
+from engines.ops.moe import Projection
+from engines.ops.quantized import Float8Weight, GroupedIntWeight, Int8Weight, MXFP4Weight
 from engines.ops.sampling import SamplingBatch
 
 BF16 = torch.bfloat16
@@ -110,6 +111,55 @@ def _w8a8(tokens: int) -> Callable[[OpSet, torch.device, bool], Work]:
     return make
 
 
+def _fp8(tokens: int) -> Callable[[OpSet, torch.device, bool], Work]:
+    """Tiles of 128 x 128 with a scale each."""
+
+    def make(ops: OpSet, device: torch.device, small: bool) -> Work:
+        rows, columns = (128, 256) if small else (14336, 4096)
+        data = torch.randn(rows, columns, device=device).to(torch.float8_e4m3fn)
+        scales = torch.rand(rows // 128, columns // 128, device=device)
+        prepared = ops.prepare_quantized(Float8Weight(data, scales, (128, 128)), None, BF16)
+        x = torch.randn(min(tokens, 70) if small else tokens, columns, dtype=BF16, device=device)
+        moved = rows * columns + 2 * len(x) * (rows + columns)
+        return Work(lambda: ops.linear(x, prepared), moved, len(x) * rows * columns)  # flops: as of 16 bits
+
+    return make
+
+
+def _experts(kind: str, tokens: int) -> Callable[[OpSet, torch.device, bool], Work]:
+    """128 experts of 2048 x 768, 8 of them a token; of mxfp4 32 of 2880 x 2880, 4 a token."""
+
+    def make(ops: OpSet, device: torch.device, small: bool) -> Work:
+        count, top_k, hidden, inner = (32, 4, 2880, 2880) if kind == "mxfp4" else (128, 8, 2048, 768)
+        if small:
+            count, top_k, hidden, inner = 5, 2, 96, 64
+
+        def stack(rows: int, columns: int) -> list[Projection]:
+            if kind != "mxfp4":
+                return [Projection(torch.randn(rows, columns, dtype=BF16, device=device) / 50) for _ in range(count)]
+            sizes = ((rows, columns // 2), (rows, columns // 32))
+            codes, exponents = (torch.randint(100, 120, size, dtype=torch.uint8, device=device) for size in sizes)
+            return [Projection(MXFP4Weight(codes, exponents)) for _ in range(count)]
+
+        x = torch.randn(min(tokens, 20) if small else tokens, hidden, dtype=BF16, device=device)
+        prepared = ops.prepare_experts(stack(2 * inner, hidden), stack(hidden, inner), BF16)
+        weights = torch.rand(len(x), top_k, device=device)
+        ids = torch.rand(len(x), count, device=device).topk(top_k, dim=-1).indices
+        used = len(ids.unique())
+        of_expert = 3 * hidden * inner * (17 / 32 if kind == "mxfp4" else 2)
+        rounds = 2 * len(x) * (2 * hidden + top_k * (3 * inner + 2 * hidden))
+        flops = 6 * len(x) * top_k * hidden * inner
+        activation = "swiglu_oai" if kind == "mxfp4" else "silu"
+        return Work(lambda: ops.fused_experts(x, prepared, weights, ids, activation), used * of_expert + rounds, flops)
+
+    return make
+
+
+def _route(ops: OpSet, device: torch.device, small: bool) -> Work:
+    logits = torch.randn(_rows(small), 128, dtype=BF16, device=device)
+    return Work(lambda: ops.route(logits, 8, "softmax", True), logits.numel() * 2 + len(logits) * 8 * 12)
+
+
 def _rows(small: bool) -> int:
     return 3 if small else 8192
 
@@ -159,6 +209,8 @@ _ATTENTION = ("attention.h", "attention.cuh", "attention.cu", "primitives.cuh")
 _ELEMENTWISE = ("elementwise.cuh", "elementwise.cu", "primitives.cuh")
 _PRODUCT = ("product.h", "product_formats.cuh", "product.cuh", "splits.cuh", "linear.cu", "primitives.cuh")
 _W4A16 = (*_PRODUCT, "product_w4.cu")
+_EXPERTS = (*_PRODUCT, "product_dense.cu", "product_mxfp4.cu", "moe.cuh", "moe.cu")
+_FP8 = ("linear_fp8.h", "linear_fp8.cu", "linear_fp8_sm90.cuh", "linear_fp8_sm90.cu", "splits.cuh", "quantize.cuh")
 _W8A8 = (*_PRODUCT, "product_int8.cu", "quantize.cuh")
 _SM90 = ("attention_prefill.cuh", "attention_prefill_sm90.cuh", "attention_prefill_sm90.cu", "primitives_sm90.cuh")
 KERNELS = (
@@ -169,6 +221,13 @@ KERNELS = (
     Kernel("w4a16 4096 x 14336, batch 64", _W4A16, _w4a16(64), 0.70),
     Kernel("w8a8 4096 x 14336, batch 16", _W8A8, _w8a8(16), 0.75),
     Kernel("w8a8 4096 x 14336, batch 8192", _W8A8, _w8a8(8192), 0.40),
+    Kernel("fp8 4096 x 14336, batch 16", (*_FP8, "product_fp8.cu"), _fp8(16), 0.75),
+    Kernel("fp8 4096 x 14336, batch 8192", _FP8, _fp8(8192), 0.60),
+    Kernel("experts 128 of 2048 x 768, batch 16", _EXPERTS, _experts("dense", 16), 0.65),
+    Kernel("experts 128 of 2048 x 768, batch 8192", _EXPERTS, _experts("dense", 8192), 0.35),
+    Kernel("experts 32 of 2880 x 2880 mxfp4, batch 16", _EXPERTS, _experts("mxfp4", 16), 0.55),
+    Kernel("experts 32 of 2880 x 2880 mxfp4, batch 8192", _EXPERTS, _experts("mxfp4", 8192), 0.30),
+    Kernel("route 8192 x 128", ("moe.cuh", "moe.cu"), _route, 0.30),
     Kernel("add_rms_norm 8192 x 4096", _ELEMENTWISE, _norm, 0.85),
     Kernel("act_and_mul 8192 x 14336", _ELEMENTWISE, _gate, 0.85),
     Kernel("rope 8192 x 40 heads", _ELEMENTWISE, _rope, 0.80),

@@ -27,8 +27,6 @@ def test_every_kernel_source_is_timed() -> None:
         "tensors.h",
         "attention_launch.h",
         "product_launch.h",
-        "product_dense.cu",
-        "product_mxfp4.cu",
         "attention_decode.cu",
         "attention_prefill.cu",
         "library.cu",
