@@ -25,6 +25,7 @@ from engines.core.sequence import Sequence
 from engines.models.base import Model
 from engines.ops import OpSet
 from engines.ops.kv_cache import KVDtype
+from engines.parallel.group import GroupError
 
 log = logging.getLogger(__name__)
 Watch = Callable[[Many[int]], None]
@@ -175,7 +176,7 @@ class LLMEngine:
         """Launch a step and read the one before, or this one where nothing overlaps; if it raises, halve it until the
         sequence that raises is alone.
 
-        Raises what the step did where the device is lost: nothing more can be computed in this process.
+        Raises what the step did where the device or another rank is lost: nothing more can be computed in this process.
         """
         failure: Exception | None = None
         try:
@@ -184,7 +185,7 @@ class LLMEngine:
             failure = error
         if failure is not None:
             # Out of the handler, so that the failures of the halves are not chained to this one.
-            if self.device.lost():
+            if isinstance(failure, GroupError) or self.device.lost():
                 raise failure
             outcomes = self._land()
             return outcomes + self._after_failure([s for s in step if s.seq.slot >= 0], failure)
@@ -372,6 +373,7 @@ class LLMEngine:
     def close(self) -> None:
         self._flight = self.runner.graphs = None
         self.runner.caches.clear()
+        self.model.close()
         del self.model, self.runner.model
 
     def check_integrity(self) -> None:

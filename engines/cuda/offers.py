@@ -68,7 +68,7 @@ def offers(host: Host) -> Offer:
         ops["fused_experts"] = {**own, **QUANTIZED, **_weights(own), "desc_act": one_of(False)}
     return Offer(
         engine="cuda",
-        ops={**ops, "parallelism": {name: one_of(1) for name in ("tp", "dp", "ep")}},
+        ops={**ops, "parallelism": {name: Allowed(ge=1) for name in ("tp", "dp", "ep")}},
         blockers=tuple(blockers),
         sm=sm,
         dequantized=DEQUANTIZED,

@@ -201,6 +201,9 @@ class TransformersModel:
     def release(self, seq_id: int) -> None:
         self.states.pop(seq_id, None)
 
+    def close(self) -> None:
+        self.states.clear()
+
     def _routed(self, step: Step) -> Tensor:
         arguments: dict[str, Any] = {"input_ids": step.batch.token_ids[None], "use_cache": False, "engine_step": step}
         if self.takes_positions:

@@ -64,7 +64,7 @@ OPS: dict[str, dict[str, Allowed]] = {
     "apply_penalties": {},
     "log_softmax_gather": {},
     "top_logprobs": {},
-    "parallelism": {name: one_of(1) for name in ("tp", "dp", "ep")},
+    "parallelism": {name: Allowed(ge=1) for name in ("tp", "dp", "ep")},
     "transformers_model": {"dtype": DTYPES, "quantization": DENSE_ONLY},
 }
 """head_linear, embedding, top_logprobs and linear of plain weights are a call or two of torch's own kernels."""
