@@ -30,6 +30,8 @@ from engines.parallel.group import GroupError
 log = logging.getLogger(__name__)
 Watch = Callable[[Many[int]], None]
 NO_SAMPLING = SamplingParams(max_tokens=0)
+SPARE_SHARE = 32
+"""One in so many blocks of a CPU's cache keeps a text that nobody waits for, before one is used that never was."""
 MAX_TRACEBACKS = 10
 """Different failures that are logged with a traceback; every failed request has its message in its outcome."""
 
@@ -66,7 +68,9 @@ class LLMEngine:
         self.runner = ModelRunner(
             model, ops, num_blocks, config.block_size, dtype, device, kv_dtype, graphs, self.max_model_len
         )
-        self.blocks = BlockManager(num_blocks) if self.runner.paged else None
+        # A system's memory comes page by page when it is first used, a device's was given as a whole.
+        spare = num_blocks // SPARE_SHARE if device.place.type == "cpu" else None
+        self.blocks = BlockManager(num_blocks, spare) if self.runner.paged else None
         self.scheduler = Scheduler(
             self.blocks,
             config.block_size,
@@ -160,7 +164,7 @@ class LLMEngine:
         elif self._flight is not None:
             outcomes += self._land()
         elif self.scheduler.waiting:
-            outcomes.append(self._give_up(self.scheduler.waiting.popleft()))
+            outcomes.append(self._give_up(self.scheduler.give_up()))
         self._num_unfinished -= len(outcomes)
         return outcomes
 
