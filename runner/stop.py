@@ -16,9 +16,8 @@ from runner.window import Result
 
 MIN_ROWS_FOR_RATE = 100
 """Before this many rows `max_error_rate` says nothing."""
-AHEAD = (signal.SIGUSR1, signal.SIGUSR2)
-"""What Slurm is asked to send before its time limit: the first by jobs/slurm, the second by the launcher of sweeps."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT, *AHEAD)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""SIGUSR1 is what Slurm is asked to send before its time limit."""
 
 
 class Stop:
@@ -61,7 +60,7 @@ class Stop:
         """Raise Interrupted if it is time to leave."""
         again = "run the same command again to go on"
         if self._received is not None:
-            raise Interrupted(f"stopped by {self._received.name}; finished rows are kept; {again}", self._received)
+            raise Interrupted(f"stopped by {self._received.name}; finished rows are kept; {again}", by_signal=True)
         if self._deadline is not None and time.monotonic() > self._deadline:
             raise Interrupted(f"max_runtime_s: {self._max_runtime_s:g} s are over; rows are left; {again}")
 

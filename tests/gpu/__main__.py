@@ -98,13 +98,7 @@ def times(backend: str, asked: argparse.Namespace, device: Any, limits: Any, dea
     return results
 
 
-OPS = {
-    "decode": "paged_attention",
-    "prefill": "paged_attention",
-    "w4a16": "linear",
-    "fp8": "linear",
-    "experts": "fused_experts",
-}
+OPS = {"decode": "paged_attention", "prefill": "paged_attention", "w4a16": "linear"}
 """What a kernel's name begins with, where it is not the op."""
 
 
