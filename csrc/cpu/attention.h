@@ -51,7 +51,7 @@ struct Work {
 // Floats of scratch that a thread needs, aligned to 64 bytes.
 inline constexpr int64_t scratch_floats(int64_t head_dim) {
   const int64_t padded = (head_dim + 63) / 64 * 64;
-  return (2 * kRows + kTile) * padded + kTile * (padded + 16) + 2 * kRows * kTile + 4 * kRows;
+  return (3 * kRows + kTile) * padded + kTile * (padded + 16) + 2 * kRows * kTile + 8 * kRows;
 }
 
 // Computes one item, or up to kLanes of at most kLaneRows rows each.

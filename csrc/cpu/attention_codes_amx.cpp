@@ -6,6 +6,10 @@
 //   sum of weighted values = sum(weight * scale * code) + sum(weight * offset)
 // so no key or value is rounded, nor a weight to fewer bits than bfloat16 has. A row's bits do not depend on the rows
 // beside it, and hidden keys weigh exactly zero.
+//
+// A matrix tile that was just stored cannot be loaded at once: so values are brought into form between the products of
+// keys and what is made of them, and the next keys between the products of values and theirs. Memory is asked for a tile
+// of keys and values row by row while the one before it is brought into form.
 
 #include <immintrin.h>
 
@@ -21,24 +25,31 @@ constexpr int kTileBytes = 1024;
 constexpr float kSmallest = 0x1p-110f;             // weights below it are zero: their inverse must be finite
 constexpr int kSteps = 65535, kSignedSteps = 32767;
 
-// What a thread works on, laid out in its scratch. P: head_dim in whole chunks.
-struct Scratch : Softmax {
-  float* out;        // [kRows][P] sums of weighted values, in the order of values_of
-  float* offsets;    // [kRows][16] sums of weights times offsets, a lane each
-  float* q_scale;    // [kRows] of a step of q
-  float* q_sum;      // [kRows]
-  float* step;       // [kRows] of this tile's weights
-  float* key_scales;  // [kTile], zero where there are no keys, and so the next three
+// A tile of keys and of values in the form that products take.
+struct Staged {
+  int count;             // keys that there are
+  float* key_scales;     // [kTile], zero where there are no keys, and so the next three
   float* key_offsets;
   float* value_scales;
   float* value_offsets;
-  int32_t* products;  // [4][16][16]
-  char* q_high;       // [kRows][P] signed
-  char* q_low;        // [kRows][P]
-  char* high;         // [kRows][kTile] of weights
-  char* low;          // the same
-  char* keys;         // [P / kChunk][kGroups] tiles: 4 of d, 16 keys, 16 times
-  char* values;       // [P / kChunk][4] tiles: 4 keys, 16 of d, 16 times
+  char* keys;            // [P / kChunk][kGroups] tiles: 4 of d, 16 keys, 16 times
+  char* values;          // [P / kChunk][4] tiles: 4 keys, 16 of d, 16 times
+};
+
+// What a thread works on, laid out in its scratch. P: head_dim in whole chunks.
+struct Scratch : Softmax {
+  float* out;               // [kRows][P] sums of weighted values, in the order of stage_values
+  float* offsets;           // [kRows][16] sums of weights times offsets, a lane each
+  float* q_scale;           // [kRows] of a step of q
+  float* q_sum;             // [kRows]
+  float* step;              // [kRows] of this tile's weights
+  int32_t* key_products;    // [kGroups][2 limbs][16][16]
+  int32_t* value_products;  // [P / 16][2 limbs][16][16]
+  char* q_high;             // [kRows][P] signed
+  char* q_low;              // [kRows][P]
+  char* high;               // [kSide][kTile] of weights
+  char* low;                // the same
+  Staged tile;
 
   Scratch(float* at, int P) {
     const auto take = [&at](int64_t floats) {
@@ -46,6 +57,7 @@ struct Scratch : Softmax {
       at += floats;
       return taken;
     };
+    const auto bytes = [&take](int64_t count) { return reinterpret_cast<char*>(take(count / 4)); };
     out = take(kRows * P);
     scores = take(kRows * kTile);
     sums = take(kRows * 16);
@@ -56,53 +68,50 @@ struct Scratch : Softmax {
     q_scale = take(kRows);
     q_sum = take(kRows);
     step = take(kRows);
-    key_scales = take(kTile);
-    key_offsets = take(kTile);
-    value_scales = take(kTile);
-    value_offsets = take(kTile);
-    products = reinterpret_cast<int32_t*>(take(4 * kSide * kSide));
-    q_high = reinterpret_cast<char*>(take(kRows * P / 4));
-    q_low = reinterpret_cast<char*>(take(kRows * P / 4));
-    high = reinterpret_cast<char*>(take(kRows * kTile / 4));
-    low = reinterpret_cast<char*>(take(kRows * kTile / 4));
-    keys = reinterpret_cast<char*>(take(kTile * P / 4));
-    values = reinterpret_cast<char*>(take(kTile * P / 4));
+    key_products = reinterpret_cast<int32_t*>(bytes(kGroups * 2 * kTileBytes));
+    value_products = reinterpret_cast<int32_t*>(bytes(P / kSide * 2 * kTileBytes));
+    q_high = bytes(kRows * P);
+    q_low = bytes(kRows * P);
+    high = bytes(kSide * kTile);
+    low = bytes(kSide * kTile);
+    tile = {0, take(kTile), take(kTile), take(kTile), take(kTile), bytes(kTile * P), bytes(kTile * P)};
   }
 };
 
 // Where the cache holds a tile of keys and of values.
 struct Located {
+  int64_t first;
   int count;
   const char* k[kTile];
   const char* v[kTile];
 };
 
 // Calls function(t, n, block, slot) for the runs of a tile's keys that lie one after the other: n from the t-th on.
-template <class Function> void for_runs(const Work& work, int64_t first, int count, const Function& function) {
-  for (int t = 0, n; t < count; t += n) {
-    const int64_t key = first + t, slot = key % work.block_size, rest = work.block_size - slot;
+template <class Function> inline void for_runs(const Work& work, int64_t first, int count, const Function& function) {
+  int64_t key = first;
+  for (int t = 0, n; t < count; t += n, key += n) {
+    const int64_t slot = key % work.block_size, rest = work.block_size - slot;
     n = rest < count - t ? static_cast<int>(rest) : count - t;
     function(t, n, static_cast<int64_t>(work.block_table[key / work.block_size]), slot);
   }
 }
 
-int keys_from(const Work& work, int64_t first) {
+inline void prefetch(const void* from) { _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T0); }
+
+// Where a tile is; asks for its scales.
+void locate(Located& at, const Work& work, int64_t first) {
   const int64_t left = work.end - first;
-  return left < kTile ? static_cast<int>(left > 0 ? left : 0) : kTile;
-}
-
-inline void prefetch(const void* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(static_cast<const char*>(from) + i, _MM_HINT_T0);
-}
-
-// Asks for the tile that comes next: blocks lie anywhere, so no hardware foresees them.
-void prefetch(const Work& work, int64_t first) {
-  for_runs(work, first, keys_from(work, first), [&](int, int n, int64_t block, int64_t slot) {
-    prefetch(work.k + block * work.k_block_stride + slot * work.k_slot_stride, n * work.k_slot_stride);
-    prefetch(work.v + block * work.v_block_stride + slot * work.v_slot_stride, n * work.v_slot_stride);
+  at.first = first;
+  at.count = left < kTile ? static_cast<int>(left > 0 ? left : 0) : kTile;
+  for_runs(work, first, at.count, [&](int t, int n, int64_t block, int64_t slot) {
+    const char* k = work.k + block * work.k_block_stride + slot * work.k_slot_stride;
+    const char* v = work.v + block * work.v_block_stride + slot * work.v_slot_stride;
+    for (int i = 0; i < n; ++i, k += work.k_slot_stride, v += work.v_slot_stride) at.k[t + i] = k, at.v[t + i] = v;
     const int64_t scales = block * work.scales_block_stride + slot * work.scales_slot_stride;
-    prefetch(work.k_scales + scales, n * work.scales_slot_stride * 4);
-    prefetch(work.v_scales + scales, n * work.scales_slot_stride * 4);
+    for (int i = 0; i < 2 * n; i += 16) {
+      prefetch(work.k_scales + scales + i);
+      prefetch(work.v_scales + scales + i);
+    }
   });
 }
 
@@ -117,21 +126,27 @@ void split(const float* pairs, float* scales, float* offsets) {
   }
 }
 
-void locate(const Scratch& s, Located& at, const Work& work, int64_t first) {
+inline void copy(float* to, const float* from, int count) {
+  for (int i = 0; i < count; i += 16) {
+    const __mmask16 mask = count - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (count - i)) - 1);
+    _mm512_mask_storeu_ps(to + i, mask, _mm512_maskz_loadu_ps(mask, from + i));
+  }
+}
+
+void stage_scales(Staged& to, const Located& at, const Work& work) {
   alignas(64) float keys[2 * kTile], values[2 * kTile];
-  at.count = keys_from(work, first);
-  for_runs(work, first, at.count, [&](int t, int n, int64_t block, int64_t slot) {
-    const char* k = work.k + block * work.k_block_stride + slot * work.k_slot_stride;
-    const char* v = work.v + block * work.v_block_stride + slot * work.v_slot_stride;
-    for (int i = 0; i < n; ++i, k += work.k_slot_stride, v += work.v_slot_stride) at.k[t + i] = k, at.v[t + i] = v;
+  to.count = at.count;
+  if (at.count < kTile) {
+    __builtin_memset(keys, 0, sizeof keys);
+    __builtin_memset(values, 0, sizeof values);
+  }
+  for_runs(work, at.first, at.count, [&](int t, int n, int64_t block, int64_t slot) {
     const int64_t scales = block * work.scales_block_stride + slot * work.scales_slot_stride;
-    __builtin_memcpy(keys + 2 * t, work.k_scales + scales, n * 2 * sizeof(float));
-    __builtin_memcpy(values + 2 * t, work.v_scales + scales, n * 2 * sizeof(float));
+    copy(keys + 2 * t, work.k_scales + scales, 2 * n);
+    copy(values + 2 * t, work.v_scales + scales, 2 * n);
   });
-  __builtin_memset(keys + 2 * at.count, 0, (kTile - at.count) * 2 * sizeof(float));
-  __builtin_memset(values + 2 * at.count, 0, (kTile - at.count) * 2 * sizeof(float));
-  split(keys, s.key_scales, s.key_offsets);
-  split(values, s.value_scales, s.value_offsets);
+  split(keys, to.key_scales, to.key_offsets);
+  split(values, to.value_scales, to.value_offsets);
 }
 
 // The codes of a row from d on, `left` of them, a byte each; zeros after them.
@@ -148,8 +163,13 @@ template <Codes codes> inline __m512i load_codes(const char* row, int d, int lef
   }
 }
 
-template <Codes codes> void stage_keys(const Scratch& s, const Located& at, int D) {
-  char* to = s.keys;
+// Asks for the codes of a row from d on.
+template <Codes codes> inline void prefetch_codes(const char* row, int d) {
+  if (codes == Codes::int8 || d % (2 * kChunk) == 0) prefetch(row + (codes == Codes::int8 ? d : d / 2));
+}
+
+template <Codes codes> void stage_keys(Staged& staged, const Located& at, const Located& after, int D) {
+  char* to = staged.keys;
   for (int d = 0; d < D; d += kChunk)
     for (int g = 0; g < kGroups; ++g, to += kTileBytes) {
       if (g * kSide >= at.count) continue;
@@ -157,22 +177,27 @@ template <Codes codes> void stage_keys(const Scratch& s, const Located& at, int 
       for (int i = 0; i < kSide; ++i) {
         const int t = g * kSide + i;
         rows[i] = t < at.count ? load_codes<codes>(at.k[t], d, D - d) : _mm512_setzero_si512();
+        if (t < after.count) prefetch_codes<codes>(after.k[t], d);
       }
       transpose(rows);
       for (int i = 0; i < kSide; ++i) _mm512_store_si512(to + i * 64, rows[i]);
     }
 }
 
-// Of four keys a row of a tile each: the p-th is what round_weights has at bytes 4 p to 4 p + 3. Tile m of a chunk has
+// Of four keys a row of a tile each: the p-th is what store_limbs has at bytes 4 p to 4 p + 3. Tile m of a chunk has
 // the numbers 16 i + 4 m to 16 i + 4 m + 3 of it at columns 4 i to 4 i + 3, as the instructions leave them.
-template <Codes codes> void stage_values(const Scratch& s, const Located& at, int D) {
+template <Codes codes> void stage_values(Staged& staged, const Located& at, const Located& after, int D) {
+  if (at.count == 0) return;
   for (int p = 0; p < kSide; ++p) {
     const int first = 4 * (p % 4 * 4 + p / 4);
-    char* to = s.values + p * 64;
+    char* to = staged.values + p * 64;
     for (int d = 0; d < D; d += kChunk, to += 4 * kTileBytes) {
       __m512i row[4];
-      for (int i = 0; i < 4; ++i)
-        row[i] = first + i < at.count ? load_codes<codes>(at.v[first + i], d, D - d) : _mm512_setzero_si512();
+      for (int i = 0; i < 4; ++i) {
+        const int t = first + i;
+        row[i] = t < at.count ? load_codes<codes>(at.v[t], d, D - d) : _mm512_setzero_si512();
+        if (t < after.count) prefetch_codes<codes>(after.v[t], d);
+      }
       const __m512i a = _mm512_unpacklo_epi8(row[0], row[1]), b = _mm512_unpackhi_epi8(row[0], row[1]);
       const __m512i c = _mm512_unpacklo_epi8(row[2], row[3]), e = _mm512_unpackhi_epi8(row[2], row[3]);
       _mm512_store_si512(to, _mm512_unpacklo_epi16(a, c));
@@ -224,43 +249,49 @@ void start(const Scratch& s, const Work& work, int D, int P) {
   }
 }
 
-// Scores of the rows from r on: sums of products of limbs, then of numbers.
-void score(const Scratch& s, const Located& at, const Work& work, int r, int P) {
-  const int rows = rows_from(work, r);
-  for (int g = 0; g * kSide < at.count; g += 2) {
+// Products of the rows' limbs from r on with the codes of the keys.
+void multiply_keys(const Scratch& s, const Staged& tile, int r, int P) {
+  for (int g = 0; g * kSide < tile.count; g += 2) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
-    const bool two = (g + 1) * kSide < at.count;
     for (int d = 0; d < P; d += kChunk) {
-      const char* keys = s.keys + (d / kChunk * kGroups + g) * kTileBytes;
-      _tile_loadd(4, s.q_high + r * P + d, P);
-      _tile_loadd(5, s.q_low + r * P + d, P);
+      const char* keys = tile.keys + (d / kChunk * kGroups + g) * kTileBytes;
+      if (g == 0 || P > kChunk) {
+        _tile_loadd(4, s.q_high + r * P + d, P);
+        _tile_loadd(5, s.q_low + r * P + d, P);
+      }
+      // Of the last group but one, the next one's keys may not be there: what comes of them is hidden.
       _tile_loadd(6, keys, 64);
       _tile_dpbsud(0, 4, 6);
       _tile_dpbuud(1, 5, 6);
-      if (!two) continue;
       _tile_loadd(7, keys + kTileBytes, 64);
       _tile_dpbsud(2, 4, 7);
       _tile_dpbuud(3, 5, 7);
     }
-    _tile_stored(0, s.products, 64);
-    _tile_stored(1, s.products + 256, 64);
-    _tile_stored(2, s.products + 512, 64);
-    _tile_stored(3, s.products + 768, 64);
-    for (int half = 0; half < 2; ++half) {
-      const int32_t* products = s.products + half * 512;
-      const __m512 scales = _mm512_load_ps(s.key_scales + (g + half) * kSide);
-      const __m512 offsets = _mm512_load_ps(s.key_offsets + (g + half) * kSide);
-      for (int i = 0; i < rows; ++i) {
-        const __m512 high = _mm512_cvtepi32_ps(_mm512_load_si512(products + i * 16));
-        const __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(products + 256 + i * 16));
-        const __m512 sum = _mm512_fmadd_ps(high, _mm512_set1_ps(256.0f), low);
-        const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(s.q_scale[r + i]));
-        const __m512 offset = _mm512_mul_ps(offsets, _mm512_set1_ps(s.q_sum[r + i]));
-        _mm512_store_ps(s.scores + (r + i) * kTile + (g + half) * kSide, _mm512_fmadd_ps(sum, scale, offset));
-      }
+    int32_t* to = s.key_products + g * 512;
+    _tile_stored(0, to, 64);
+    _tile_stored(1, to + 256, 64);
+    _tile_stored(2, to + 512, 64);
+    _tile_stored(3, to + 768, 64);
+  }
+}
+
+// From products of the rows from r on to their scores.
+void score(const Scratch& s, const Staged& tile, const Work& work, int r) {
+  const int rows = rows_from(work, r);
+  for (int g = 0; g * kSide < tile.count; ++g) {
+    const int32_t* products = s.key_products + g * 512;
+    const __m512 scales = _mm512_load_ps(tile.key_scales + g * kSide);
+    const __m512 offsets = _mm512_load_ps(tile.key_offsets + g * kSide);
+    for (int i = 0; i < rows; ++i) {
+      const __m512 high = _mm512_cvtepi32_ps(_mm512_load_si512(products + i * 16));
+      const __m512 low = _mm512_cvtepi32_ps(_mm512_load_si512(products + 256 + i * 16));
+      const __m512 sum = _mm512_fmadd_ps(high, _mm512_set1_ps(256.0f), low);
+      const __m512 scale = _mm512_mul_ps(scales, _mm512_set1_ps(s.q_scale[r + i]));
+      const __m512 offset = _mm512_mul_ps(offsets, _mm512_set1_ps(s.q_sum[r + i]));
+      _mm512_store_ps(s.scores + (r + i) * kTile + g * kSide, _mm512_fmadd_ps(sum, scale, offset));
     }
   }
 }
@@ -274,7 +305,8 @@ inline void store_limbs(const __m512i* x, char* high, char* low) {
 }
 
 // Scores become weights times the values' scales; the sums of weights, and of weights times offsets, grow by them.
-void exponentiate(const Scratch& s, const Work& work, int first, const uint64_t* seen, __m512* most) {
+void exponentiate(const Scratch& s, const Staged& tile, const Work& work, int first, const uint64_t* seen,
+                  __m512* most) {
   const __m512 factor_to_log2 = to_log2(work);
   for (int r = first; r < first + rows_from(work, first); ++r) {
     float* x = s.scores + r * kTile;
@@ -283,8 +315,8 @@ void exponentiate(const Scratch& s, const Work& work, int first, const uint64_t*
     for (int g = 0; g < kGroups; ++g) {
       weight[g] = exp2(_mm512_fmsub_ps(_mm512_load_ps(x + g * kSide), factor_to_log2, base));
       if (seen) weight[g] = _mm512_maskz_mov_ps(part(seen[r - first], g), weight[g]);
-      offset = _mm512_fmadd_ps(weight[g], _mm512_load_ps(s.value_offsets + g * kSide), offset);
-      const __m512 scaled = _mm512_mul_ps(weight[g], _mm512_load_ps(s.value_scales + g * kSide));
+      offset = _mm512_fmadd_ps(weight[g], _mm512_load_ps(tile.value_offsets + g * kSide), offset);
+      const __m512 scaled = _mm512_mul_ps(weight[g], _mm512_load_ps(tile.value_scales + g * kSide));
       _mm512_store_ps(x + g * kSide, scaled);
       highest = _mm512_max_ps(highest, scaled);
     }
@@ -307,17 +339,17 @@ void round_weights(const Scratch& s, int first, int rows, __m512* most) {
     __m512i x[kGroups];
     for (int g = 0; g < kGroups; ++g)
       x[g] = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_load_ps(s.scores + r * kTile + g * kSide), inverse));
-    store_limbs(x, s.high + r * kTile, s.low + r * kTile);
+    store_limbs(x, s.high + (r - first) * kTile, s.low + (r - first) * kTile);
   }
 }
 
-// out[rows][P] = out * factor + weights @ values from row r on.
-void accumulate(const Scratch& s, const Work& work, int r, int P) {
-  const int rows = rows_from(work, r);
-  _tile_loadd(4, s.high + r * kTile, kTile);
-  _tile_loadd(5, s.low + r * kTile, kTile);
+// Products of 16 rows' weights with the codes of the values.
+void multiply_values(const Scratch& s, const Staged& tile, int P) {
+  _tile_loadd(4, s.high, kTile);
+  _tile_loadd(5, s.low, kTile);
   for (int d = 0; d < P; d += 32) {
-    const char* values = s.values + d / 16 * kTileBytes;
+    const char* values = tile.values + d / 16 * kTileBytes;
+    int32_t* to = s.value_products + d / 16 * 512;
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -328,21 +360,25 @@ void accumulate(const Scratch& s, const Work& work, int r, int P) {
     _tile_loadd(7, values + kTileBytes, 64);
     _tile_dpbuud(2, 4, 7);
     _tile_dpbuud(3, 5, 7);
-    _tile_stored(0, s.products, 64);
-    _tile_stored(1, s.products + 256, 64);
-    _tile_stored(2, s.products + 512, 64);
-    _tile_stored(3, s.products + 768, 64);
-    for (int i = 0; i < rows; ++i) {
-      const __m512 factor = _mm512_set1_ps(s.factor[r + i]), step = _mm512_set1_ps(s.step[r + i]);
-      for (int half = 0; half < 2; ++half) {
-        const int32_t* products = s.products + half * 512 + i * 16;
-        // At most 64 * 255 * 65535, which 32 bits hold.
-        const __m512i sum =
-            _mm512_add_epi32(_mm512_slli_epi32(_mm512_load_si512(products), 8), _mm512_load_si512(products + 256));
-        float* to = s.out + (r + i) * P + d + half * 16;
-        const __m512 added = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), step);
-        _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_load_ps(to), factor, added));
-      }
+    _tile_stored(0, to, 64);
+    _tile_stored(1, to + 256, 64);
+    _tile_stored(2, to + 512, 64);
+    _tile_stored(3, to + 768, 64);
+  }
+}
+
+// out = out * factor + products for the rows from r on.
+void add_values(const Scratch& s, const Work& work, int r, int P) {
+  for (int i = 0; i < rows_from(work, r); ++i) {
+    const __m512 factor = _mm512_set1_ps(s.factor[r + i]), step = _mm512_set1_ps(s.step[r + i]);
+    for (int d = 0; d < P; d += 16) {
+      const int32_t* products = s.value_products + d / 16 * 512 + i * 16;
+      // At most 64 * 255 * 65535, which 32 bits hold.
+      const __m512i sum =
+          _mm512_add_epi32(_mm512_slli_epi32(_mm512_load_si512(products), 8), _mm512_load_si512(products + 256));
+      float* to = s.out + (r + i) * P + d;
+      const __m512 added = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), step);
+      _mm512_store_ps(to, _mm512_fmadd_ps(_mm512_load_ps(to), factor, added));
     }
   }
 }
@@ -396,26 +432,34 @@ void finish(const Scratch& s, const Work& work, int D, int P) {
 
 template <Codes codes> void attend_item(const Work& work, float* scratch) {
   const int D = work.head_dim, P = (D + kChunk - 1) / kChunk * kChunk;
-  const Scratch s(scratch, P);
+  Scratch s(scratch, P);
   const int64_t lowest = lowest_position(work);
+  Located located[2];
   start(s, work, D, P);
-  for (int64_t first = work.begin; first < work.end; first += kTile) {
-    Located at;
-    locate(s, at, work, first);
-    prefetch(work, first + kTile);
-    stage_keys<codes>(s, at, D);
-    stage_values<codes>(s, at, D);
+  locate(located[0], work, work.begin);
+  int added = -1;  // rows from here on have products that their sums lack
+  for (int64_t first = work.begin, i = 0; first < work.end; first += kTile, ++i) {
+    const Located& at = located[i % 2];
+    Located& after = located[(i + 1) % 2];
+    locate(after, work, first + kTile);
+    stage_scales(s.tile, at, work);
+    stage_keys<codes>(s.tile, at, after, D);
     for (int r = 0; r < work.num_rows; r += kSide) {
+      multiply_keys(s, s.tile, r, P);
+      if (added >= 0) add_values(s, work, added, P);
+      if (r == 0) stage_values<codes>(s.tile, at, after, D);
       uint64_t masks[kSide];
       __m512 most[kSide];
       const uint64_t* seen = masks_of<kGroups>(work, r, first, at.count, lowest, masks);
-      score(s, at, work, r, P);
+      score(s, s.tile, work, r);
       raise_maxima<kGroups>(s, work, r, seen);
-      exponentiate(s, work, r, seen, most);
+      exponentiate(s, s.tile, work, r, seen, most);
       round_weights(s, r, rows_from(work, r), most);
-      accumulate(s, work, r, P);
+      multiply_values(s, s.tile, P);
+      added = r;
     }
   }
+  if (added >= 0) add_values(s, work, added, P);
   finish(s, work, D, P);
 }
 

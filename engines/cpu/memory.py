@@ -8,7 +8,7 @@ import sys
 
 import torch
 
-from engines.ops.kv_cache import KVCache
+from engines.ops.kv_cache import KVCache, KVDtype, QuantizedKVCache
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Options of mallopt(3), from glibc's malloc.h."""
@@ -33,6 +33,18 @@ def allocate_kv_cache(
     """As the reference, in huge pages where the system has them: a 512th of the faults when blocks are first used."""
     shape = (num_blocks, num_kv_heads, block_size, head_dim)
     return KVCache(_huge_pages(shape, dtype), _huge_pages(shape, dtype))
+
+
+def allocate_quantized_kv_cache(
+    num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int, kv_dtype: KVDtype, device: torch.device
+) -> QuantizedKVCache:
+    """As the reference, in huge pages."""
+    shape = (num_blocks, num_kv_heads, block_size)
+    width = -(-head_dim // 2) if kv_dtype == "int4" else head_dim
+    dtype, numbers = (torch.float8_e4m3fn, 1) if kv_dtype == "fp8" else (torch.uint8, 2)
+    k, v = (_huge_pages((*shape, width), dtype) for _ in range(2))
+    scales = [_huge_pages((*shape, numbers), torch.float32) for _ in range(2)]
+    return QuantizedKVCache(kv_dtype, head_dim, k, v, *scales)
 
 
 def _huge_pages(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -18,6 +18,7 @@ class OpSet(ops.OpSet):
     linear = staticmethod(linear.linear)
     paged_attention = staticmethod(attention.paged_attention)
     allocate_kv_cache = staticmethod(memory.allocate_kv_cache)
+    allocate_quantized_kv_cache = staticmethod(memory.allocate_quantized_kv_cache)
     quantized_attention: Callable[..., Tensor]
 
     def __init__(self) -> None:

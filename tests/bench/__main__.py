@@ -4,6 +4,7 @@
     python -m tests.bench engine MODEL WORKLOAD.json    one workload through the CPU engine; --floor: its least time
     python -m tests.bench compare COMMAND COMMAND ...   commands in turn, as ratios: a peer's driver, another checkout
     python -m tests.bench runner [ROWS]                 rows/s through source, task, journal and sink
+    python -m tests.bench attention                     decode attention over caches in 16, 8 and 4 bits
     python -m tests.bench start MODEL                   process start to first token
 
 A workload is a list of {"prompt": [token ids], "n": output tokens}. Figures of one run are comparable with each other
@@ -18,9 +19,16 @@ from engines.threads import limit_spinning
 
 limit_spinning()  # as the runner's own entry does, before torch is imported
 
-from tests.bench import ceilings, compare, engine, runner, start  # noqa: E402
+from tests.bench import attention, ceilings, compare, engine, runner, start  # noqa: E402
 
-COMMANDS = {"ceilings": ceilings, "compare": compare, "engine": engine, "runner": runner, "start": start}
+COMMANDS = {
+    "attention": attention,
+    "ceilings": ceilings,
+    "compare": compare,
+    "engine": engine,
+    "runner": runner,
+    "start": start,
+}
 
 
 def main() -> None:
