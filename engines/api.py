@@ -191,6 +191,12 @@ class EngineSettings:
     """int8: plain weights are quantized at load (engines/formats/int8.py); None: weights as the checkpoint has them."""
     adapters: Mapping[str, str] = field(default_factory=dict)
     """LoRA adapters by name: local folder of each."""
+    tp: int = 1
+    """Ranks that hold a copy of the model together."""
+    ep: int = 1
+    """Ranks that a layer's experts are spread over."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """Variables that the engine's process has besides its parent's, as for which accelerators it sees."""
     trust_remote_code: bool = False
     """Let transformers run the Python code that the checkpoint brings; for implementation transformers only."""
 

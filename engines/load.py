@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 
 from engines import costs
-from engines.api import EngineConfig, EngineSettings
+from engines.api import EngineConfig, EngineSettings, GPUConfig
 from engines.core.device import Device, out_of_memory
 from engines.core.engine import LLMEngine, Watch
 from engines.core.profile import step_bytes
 from engines.models.base import Model
 from engines.models.load import load_model
 from engines.ops import OpSet
+from engines.parallel.group import ALONE, Group
+from engines.parallel.leader import Command, LeaderModel
 from engines.weights import DTYPES
 
 GRAPH_BYTES = 1 << 30
@@ -26,8 +28,10 @@ def load_engine(
     settings: EngineSettings,
     detokenize: Callable[[Sequence[int]], str] | None = None,
     watch: Watch = lambda request_ids: None,
+    group: Group = ALONE,
 ) -> LLMEngine:
-    """An engine ready for requests. detokenize is needed by requests with stop strings; watch is LLMEngine's.
+    """An engine ready for requests. detokenize is needed by requests with stop strings; watch is LLMEngine's. group:
+    the ranks that hold the model, of which the caller is the first.
 
     On an accelerator the largest step is run once, so that the cache gets what it leaves; a step that is too large is
     halved. A cache for which there is no memory after all is halved until there is; the engine's notes say so.
@@ -35,49 +39,90 @@ def load_engine(
     Raises CheckpointError or UnsupportedModelError as engines.models.load.load_model does, MemoryError when the
     weights, a step of one token or one block of KV cache do not fit.
     """
-    threads = getattr(settings.config, "num_threads", None)
-    if threads:
-        torch.set_num_threads(threads)
+    prepare(settings)
     ops = import_opset(settings.backend)()
     dtype, device = DTYPES[settings.dtype], Device(torch.device(settings.device))
     with torch.inference_mode():
-        model = _load_weights(settings, ops, device)
-        config, reserved, notes = _sized(settings, model, ops, dtype, device)
-        graphs = min(GRAPH_BYTES, device.free_bytes() // 20) if getattr(config, "decode_graphs", False) else 0
-        free = device.free_bytes() - reserved - graphs
-        count = num_blocks(model, config, dtype, free, not device.overlaps)
-        while True:
-            try:
-                engine = LLMEngine(
-                    model,
-                    ops,
-                    config,
-                    count,
-                    dtype,
-                    device,
-                    settings.eos_token_ids,
-                    detokenize,
-                    settings.pooling,
-                    settings.normalize,
-                    watch,
-                )
-            except (MemoryError, RuntimeError) as error:
-                if count < 2 or not out_of_memory(error):
-                    raise
-                notes.append(f"no memory for a KV cache of {count} blocks: going on with {count // 2}")
-                count //= 2
-                device.empty_cache()
-            else:
-                engine.notes += notes
-                if settings.kind == "generate":
-                    engine.capture(graphs)
-                return engine
+        model = _load_weights(settings, ops, device, group)
+        fit = fitted(settings, model, ops, dtype, device, group)
+        shared = model if group.place.size == 1 else LeaderModel(model, group)
+
+        def make(count: int) -> LLMEngine:
+            return LLMEngine(
+                shared,
+                ops,
+                fit.config,
+                count,
+                dtype,
+                device,
+                settings.eos_token_ids,
+                detokenize,
+                settings.pooling,
+                settings.normalize,
+                watch,
+            )
+
+        engine = _with_cache(make, fit.num_blocks, device, group)
+        engine.notes[:0] = fit.notes
+        if settings.kind == "generate":
+            engine.capture(fit.graph_bytes)
+        return engine
 
 
-def _load_weights(settings: EngineSettings, ops: OpSet, device: Device) -> Model:
+def prepare(settings: EngineSettings) -> None:
+    """Settings that are the process's own."""
+    threads = getattr(settings.config, "num_threads", None)
+    if threads:
+        torch.set_num_threads(threads)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What memory has room for once the weights are loaded."""
+
+    config: EngineConfig
+    num_blocks: int
+    """Of the KV cache; the same on all ranks."""
+    graph_bytes: int
+    notes: list[str]
+
+
+def fitted(settings: EngineSettings, model: Model, ops: OpSet, dtype: torch.dtype, device: Device, group: Group) -> Fit:
+    """To be called on every rank of a group: the largest step is theirs together."""
+    config, reserved, notes = _sized(settings, model, ops, dtype, device, group)
+    graphs = min(GRAPH_BYTES, device.free_bytes() // 20) if getattr(config, "decode_graphs", False) else 0
+    free = device.free_bytes() - reserved - graphs
+    count = group.least(num_blocks(model, config, dtype, free, not device.overlaps))
+    return Fit(config, count, graphs, notes)
+
+
+def _with_cache(make: Callable[[int], LLMEngine], count: int, device: Device, group: Group) -> LLMEngine:
+    """What `make` gives for so many blocks, or for a half, a quarter ... of them where memory runs out on some rank."""
+    notes: list[str] = []
+    while True:
+        group.command([Command.ALLOCATE, count])
+        engine, failure = None, None
+        try:
+            engine = make(count)
+        except (MemoryError, RuntimeError) as error:
+            failure = error
+        everywhere = group.least(int(failure is None))
+        if engine is not None and everywhere:
+            engine.notes += notes
+            return engine
+        if failure is not None and (count < 2 or not out_of_memory(failure)):
+            raise failure
+        if count < 2:
+            raise MemoryError("no memory for one block of KV cache on another rank; free memory, or raise tp")
+        notes.append(f"no memory for a KV cache of {count} blocks: going on with {count // 2}")
+        count //= 2
+        device.empty_cache()
+
+
+def _load_weights(settings: EngineSettings, ops: OpSet, device: Device, group: Group) -> Model:
     free = device.free_bytes()
     try:
-        return load_model(settings, ops)
+        return load_model(settings, ops, group)
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
@@ -89,10 +134,13 @@ def _load_weights(settings: EngineSettings, ops: OpSet, device: Device) -> Model
 
 
 def _sized(
-    settings: EngineSettings, model: Model, ops: OpSet, dtype: torch.dtype, device: Device
+    settings: EngineSettings, model: Model, ops: OpSet, dtype: torch.dtype, device: Device, group: Group
 ) -> tuple[EngineConfig, int, list[str]]:
     """(the settings with a step that fits, the bytes that it takes, notes)."""
     config, notes = settings.config, list[str]()
+    if group.place.size > 1 and isinstance(config, GPUConfig) and config.decode_graphs:
+        config = replace(config, decode_graphs=False)
+        notes.append("decode_graphs: steps of several ranks are not captured; each op is launched by itself")
     if not device.overlaps:
         return config, 0, notes
     length = min(config.max_model_len or model.max_model_len, model.max_model_len)
@@ -100,8 +148,8 @@ def _sized(
         try:
             reserved = step_bytes(model, ops, config, dtype, device, settings.kind, length)
         except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
-                raise
+            if group.place.size > 1 or not out_of_memory(error):
+                raise  # the other ranks are in the middle of the step
             failure = error
         else:
             device.empty_cache()

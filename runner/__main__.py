@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import io
 import os
+import signal
 import sys
 import tempfile
 import traceback
@@ -89,11 +90,26 @@ def run_one(cfg: DictConfig) -> int:
         return _run(job)
     except RunnerError as error:
         _say(str(error))
-        if isinstance(error, Interrupted) and error.by_signal and sweep and "BasicLauncher" in hydra.launcher._target_:
-            raise KeyboardInterrupt from None  # whoever stops a sweep in this process does not want its next job
+        if isinstance(error, Interrupted) and error.signal is not None and sweep:
+            if "BasicLauncher" in hydra.launcher._target_:
+                raise KeyboardInterrupt from None  # whoever stops a sweep in this process does not want its next job
+            _hand_on(error.signal)
         return error.exit_code
     except Exception as error:
         return _internal_error(error, folder)
+
+
+def _hand_on(number: int) -> None:
+    """Give a signal ahead of the time limit to the launcher that runs this job, now that finished rows are safe:
+    submitit's handler puts the job in the queue again and ends the process."""
+    from runner.stop import AHEAD
+
+    handler = signal.getsignal(number)
+    if number in AHEAD and callable(handler):
+        try:
+            handler(number, None)
+        except RuntimeError as error:  # it was at its time limit too often
+            _say(f"hydra/launcher: {_one_line(error)}; run the same command again to go on")
 
 
 def _run(job: JobConfig) -> int:
@@ -170,6 +186,13 @@ def _sweep(hydra: Hydra, name: str, overrides: list[str]) -> int:
     folder = _composing(lambda: hydra.compose_config(name, overrides, RunMode.MULTIRUN).hydra.sweep.dir)
     try:
         batches = _composing(lambda: hydra.multirun(config_name=name, task_function=run_one, overrides=overrides))
+    except RuntimeError as error:
+        if not type(error).__module__.startswith("submitit."):
+            raise
+        raise Interrupted(
+            f"hydra/launcher: {_one_line(error)[:500]}; expected a result of every job; look at its log in {folder}, "
+            "then run the same command again: jobs go on where they stopped"
+        ) from error
     finally:
         _mask_record(folder)
     results = [job for batch in batches or () for job in batch]
@@ -266,6 +289,11 @@ def _missing(error: MissingConfigException) -> str:
     group, _, option = (error.missing_cfg_file or "").rpartition("/")
     if not group:
         return f"--config-name: {option!r} is not found; expected a YAML file of --config-dir; check the spelling"
+    if group == "hydra/launcher" and option.startswith("submitit_"):
+        return (
+            "hydra/launcher=slurm: the package hydra-submitit-launcher is not installed; expected "
+            "batch-inference-runner[slurm]; install it, or submit jobs/slurm/*.sbatch, which needs nothing"
+        )
     options = [name for name in error.options or () if name != option]
     path = " (for a folder or hub id: model=local model.path=...)" if group.split("/")[0] == "model" else ""
     return (

@@ -363,13 +363,11 @@ def _run_findings(job: JobConfig) -> Iterator[str]:
             "0); correct it"
         )
     yield from parallel.findings(job.parallelism.tp, job.parallelism.dp, job.parallelism.ep)
-    for key in schema.keys(ParallelismConfig):
-        value = getattr(job.parallelism, key.name)
-        if value > 1 and key.name != "dp" and job.mode != "plan":
-            yield (
-                f"parallelism.{key.name}: {value} is not available yet; expected 1; set parallelism=single, or "
-                "mode=plan to see what would run"
-            )
+    if job.parallelism.ep > job.parallelism.tp and job.mode != "plan":
+        yield (
+            f"parallelism.ep: {job.parallelism.ep} with tp={job.parallelism.tp}: copies of the model that share "
+            "experts are not available yet; expected at most tp; lower it, or set mode=plan to see what would run"
+        )
 
 
 def resolve_path(path: str) -> str:

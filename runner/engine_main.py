@@ -10,13 +10,11 @@ connection ends.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import mmap
 import os
 import queue
 import signal
-import sys
 import threading
 import time
 import traceback
@@ -29,6 +27,7 @@ from operator import attrgetter
 from typing import Any
 
 from engines.api import CheckpointError, Engine, EngineSettings, EngineStats, Outcome, Request, UnsupportedModelError
+from engines.child import die_with_parent, leave_signals_to_parent
 
 REPORT_INTERVAL_S = 0.05
 """Outcomes are kept back this long while the engine has work waiting: fewer wake-ups of the parent."""
@@ -76,10 +75,12 @@ class Failure:
 def load(settings: EngineSettings, watch: Watch, permission: Callable[[], None]) -> Engine:
     """The engine of the settings, as engines.load.load_engine gives it."""
     from engines.load import import_opset, load_engine
+    from engines.parallel import launch
 
+    ranks = launch.start(settings)
     import_opset(settings.backend)
     permission()
-    return load_engine(settings, Detokenizer(settings.model_path), watch)
+    return load_engine(settings, Detokenizer(settings.model_path), watch, ranks.meet())
 
 
 class Detokenizer:
@@ -99,11 +100,10 @@ class Detokenizer:
 
 def serve(connection: Connection, trace_file: int) -> None:
     """Be the process: returns when the engine has failed; leaves the interpreter when the parent goes."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)
+    leave_signals_to_parent()
     faulthandler.enable()
     faulthandler.register(STACKS_SIGNAL, all_threads=True)
-    _die_with_parent()
+    die_with_parent()
     inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
     channel = Channel(connection, inbox.put, lambda: os._exit(0))
     trace, loading = Trace(trace_file), True
@@ -149,12 +149,6 @@ def _kind(error: Exception) -> str:
     if isinstance(error, UnsupportedModelError):
         return "unsupported"
     return "engine" if isinstance(error, (MemoryError, RuntimeError, ImportError)) else "other"
-
-
-def _die_with_parent() -> None:
-    """Where the system can: be killed when the parent is, even in the middle of a call that never ends."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG, prctl(2)
 
 
 _PACK = {cls: attrgetter(*(field.name for field in fields(cls))) for cls in (Request, Outcome)}

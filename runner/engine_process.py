@@ -71,6 +71,7 @@ class EngineProcess:
             stdin=subprocess.DEVNULL,
             stdout=self._log,
             stderr=self._log,
+            env=os.environ | settings.environment,
             pass_fds=files,
             start_new_session=True,
         )

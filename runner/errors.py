@@ -53,10 +53,10 @@ class Interrupted(RunnerError):
 
     exit_code = 75
 
-    def __init__(self, message: str, by_signal: bool = False) -> None:
+    def __init__(self, message: str, signal: int | None = None) -> None:
         super().__init__(message)
-        self.by_signal = by_signal
-        """A sweep ends with the job that a signal stopped; after `max_runtime_s` its next job begins."""
+        self.signal = signal
+        """Its number. A sweep ends with the job that a signal stopped; after `max_runtime_s` its next job begins."""
 
 
 # Codes of the rows that no request is made of.

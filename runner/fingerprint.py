@@ -41,6 +41,7 @@ def fingerprint(
         "kv_dtype": settings.config.kv_dtype,
         "numerics": settings.numerics,
         "parallelism.tp": job.parallelism.tp,
+        "parallelism.ep": job.parallelism.ep,
         "pooling": settings.pooling,
         "normalize": settings.normalize,
         "eos_token_ids": settings.eos_token_ids,

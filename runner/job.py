@@ -179,7 +179,7 @@ def open_engine(
         yield lambda: engine
         return
     supervision = Supervision(plan.job.step_timeout_s, progress.say, progress.note, stop.check, loader)
-    with contextlib.closing(Workers(each_worker(plan.settings, plan.job.parallelism.dp), supervision)) as workers:
+    with contextlib.closing(Workers(each_worker(plan.settings, plan.layout, plan.host.device), supervision)) as workers:
         yield workers.ready
 
 

@@ -2,6 +2,7 @@
 
     leases/<chunk>.<turn>      made by exclusive create: the worker that has the chunk in this turn; the first is turn 0
     leases/<worker>.worker     replaced by its worker again and again with the next number, or with `left` at its end
+    leases/seen                a bit for each chunk that a worker found committed, so that not all list the ledger
 
 A worker takes a chunk by making the file of its turn, commits it, and removes it. A lease is lost when its worker has
 left, has died on this machine, or has shown the same number for `shard.lease_s` of the observer's own monotonic clock;
@@ -22,19 +23,23 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
 
 from runner.chunk import Chunk
 from runner.config import ShardConfig
 from runner.errors import RunnerError
 from runner.journal import may_be_alive
 from runner.ledger import Ledger
-from runner.storage import LEASES_FOLDER
+from runner.storage import LEASES_FOLDER, Storage
 
-T = TypeVar("T")
 WORKER_SUFFIX = ".worker"
+SEEN_FILE = f"{LEASES_FOLDER}/seen"
 LEFT = b"left"
 """In a worker's file: it has ended in order, and what it held is free."""
+MAX_CANDIDATES = 256
+"""Chunks that a worker keeps in mind to be tried."""
 MAX_MISSES = 8
 """Chunks in a row that turn out to be another's: then what was known of the folder is too old."""
 MOST_BETWEEN_LOOKS_S = 2.0
@@ -83,6 +88,11 @@ class Leases:
         self._worker, self._clock = worker, clock
         self._held: dict[int, int] = {}
         """Turn of each chunk that this worker works on."""
+        self._done = np.zeros(len(chunks), bool)
+        """Chunks that are known to be committed."""
+        self._done[[index for index in ledger.done() if index < len(chunks)]] = True
+        self._seen_file = self._storage.read(SEEN_FILE)
+        """As it was when it was last looked at; what is there from an earlier run is never believed."""
         self._candidates: deque[tuple[int, int]] = deque()
         """Chunk and turn to be tried, as the folder was when it was last looked at."""
         self._next_look = clock()
@@ -117,6 +127,7 @@ class Leases:
 
     def committed(self, chunk_index: int) -> None:
         """The chunk has its entry in the ledger: its lease is not needed any more, nor those of earlier holders."""
+        self._done[chunk_index] = True
         for turn in range(self._held.pop(chunk_index) + 1):
             self._storage.remove(f"{LEASES_FOLDER}/{chunk_index:08d}.{turn}")
 
@@ -129,6 +140,7 @@ class Leases:
             self._storage.replace(path, LEFT)
         else:
             self._storage.remove(path)
+            self._storage.remove(SEEN_FILE)
 
     def _try(self, index: int, turn: int) -> bool:
         """Take a chunk; False if another has it or has committed it."""
@@ -136,6 +148,7 @@ class Leases:
         if index in self._held or not self._storage.create(path, self._worker.encode()):
             return False
         if self._ledger.is_entered(index):  # committed since, and its lease removed
+            self._done[index] = True
             self._storage.remove(path)
             return False
         self._held[index] = turn
@@ -144,26 +157,39 @@ class Leases:
     def _look(self) -> None:
         """Find out what is left to do, and what of it this worker may try."""
         self._next_look = self._clock() + self._between_looks_s
-        entered = self._ledger.entered()
-        missing = [index for index in range(len(self._chunks)) if index not in entered]
-        self.finished = not missing
-        turns: dict[int, int] = {}
-        for name in self._storage.list(LEASES_FOLDER):
-            chunk, _, turn = name.partition(".")
-            if turn.isdigit():
-                turns[int(chunk)] = max(int(turn), turns.get(int(chunk), 0))
-        self._candidates.extend((index, 0) for index in self._in_order([i for i in missing if i not in turns]))
+        self._refresh()
+        self.finished = bool(self._done.all())
+        turns = {index: turn for index, turn in leased(self._storage).items() if index < len(self._done)}
+        is_free = ~self._done
+        is_free[list(turns)] = False
+        self._candidates.extend((index, 0) for index in self._in_order(np.flatnonzero(is_free)))
         if not self._candidates:
-            others = [(index, turns[index]) for index in missing if index in turns and index not in self._held]
+            others = [i for i in turns.items() if not self._done[i[0]] and i[0] not in self._held]
             lost = [(index, turn + 1) for index, turn in others if self._is_lost(index, turn)]
-            self._candidates.extend(_rotated(lost))
+            start = secrets.randbelow(len(lost)) if lost else 0
+            self._candidates.extend((lost[start:] + lost[:start])[:MAX_CANDIDATES])
 
-    def _in_order(self, free: list[int]) -> list[int]:
+    def _refresh(self) -> None:
+        """Learn what is committed: from another worker, if one has listed the ledger since this one last asked.
+
+        Entries are never removed while a job runs, so that what was seen once may be old but never wrong.
+        """
+        seen = self._storage.read(SEEN_FILE)
+        if seen is None or seen == self._seen_file or len(seen) != -(-len(self._done) // 8):
+            entered = self._ledger.entered()
+            self._done[[index for index in entered if index < len(self._done)]] = True
+            seen = np.packbits(self._done).tobytes()
+            self._storage.replace(SEEN_FILE, seen)
+        self._seen_file = seen
+        self._done |= np.unpackbits(np.frombuffer(seen, np.uint8), count=len(self._done)).astype(bool)
+
+    def _in_order(self, free: npt.NDArray[np.int64]) -> list[int]:
         """This worker's shard as it comes, then the rest, each worker from another place on."""
         shard = self._shard
-        own = [index for index in free if index % shard.count == shard.index] if shard.count > 1 else []
-        rest = [index for index in free if index % shard.count != shard.index] if own else free
-        return own + _rotated(rest)
+        is_own = free % shard.count == shard.index if shard.count > 1 else np.zeros(len(free), bool)
+        own, rest = free[is_own][:MAX_CANDIDATES].tolist(), free[~is_own]
+        start = secrets.randbelow(len(rest)) if len(rest) else 0
+        return (own + np.roll(rest, -start)[:MAX_CANDIDATES].tolist())[:MAX_CANDIDATES]
 
     def _is_lost(self, index: int, turn: int) -> bool:
         """Whether the worker that holds a chunk has left, or is not to be reckoned with any more."""
@@ -204,7 +230,11 @@ class Leases:
         self._storage.replace(f"{LEASES_FOLDER}/{self._worker}{WORKER_SUFFIX}", str(number).encode())
 
 
-def _rotated(items: list[T]) -> list[T]:
-    """From a random place on, so that workers do not all try the same ones."""
-    start = secrets.randbelow(len(items)) if items else 0
-    return items[start:] + items[:start]
+def leased(storage: Storage) -> dict[int, int]:
+    """Newest turn of each chunk that has a lease; it may be committed since."""
+    turns: dict[int, int] = {}
+    for name in storage.list(LEASES_FOLDER):
+        chunk, _, turn = name.partition(".")
+        if turn.isdigit():
+            turns[int(chunk)] = max(int(turn), turns.get(int(chunk), 0))
+    return turns

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engines import costs
 from engines.api import EngineConfig
 from engines.checkpoint import FLOAT_DTYPES, ITEM_BITS, Checkpoint
 from engines.models.spec import DecoderSpec, ModelSpec
+from engines.parallel.place import Place, held_spec
 from engines.platform import Host
+from runner.parallel import Layout
 
 
 @dataclass(frozen=True)
@@ -70,30 +72,35 @@ def memory_of(
     config: EngineConfig,
     host: Host,
     on_cpu: bool,
-    tp: int,
+    layout: Layout,
     dequantized: bool = False,
     quantization: str | None = None,
-    dp: int = 1,
 ) -> Memory:
-    """What one device of the host would hold, or its CPU, which holds all dp copies; spec None: a model whose cache is
-    not known."""
+    """What one device of the host would hold, or its CPU, which stands for all devices of the layout; spec None: a
+    model whose cache is not known."""
     if on_cpu:
         device = host.cpu_name or "the CPU"
         total = host.memory_bytes if host.device == "cpu" else host.cpu_memory_bytes
         free = host.cpu_memory_bytes
-        tp = 1
     else:
         device, total, free = host.device_name or host.device, host.memory_bytes, host.free_bytes
     length = config.max_model_len or 0
-    weights = weight_bytes(checkpoint, spec, dtype, dequantized) // tp
-    if quantization == "int8" and spec:
-        weights -= costs.held_matrix_parameters(spec) * (costs.DTYPE_BYTES[dtype] - 1) // tp
-    per_token = costs.kv_bytes_per_token(spec, dtype, config.kv_dtype) // tp if spec else 0
+    held = held_spec(spec, Place(0, layout.tp, layout.ep)) if isinstance(spec, DecoderSpec) else spec
+    weights = weight_bytes(checkpoint, spec, dtype, dequantized)
+    if spec is not None and held is not None:
+        weights = weights * costs.num_parameters(held) // costs.num_parameters(spec)
+        if quantization == "int8":
+            weights -= costs.held_matrix_parameters(held) * (costs.DTYPE_BYTES[dtype] - 1)
+    per_token = costs.kv_bytes_per_token(held, dtype, config.kv_dtype) if held else 0
     tokens = max(config.max_num_batched_tokens, config.max_num_seqs)
-    activations = costs.activation_bytes(spec, dtype, tokens, config.max_num_seqs) if spec else 0
-    copies = dp if on_cpu else 1
-    weights, activations = weights * copies, activations * copies
+    if isinstance(held, DecoderSpec) and isinstance(spec, DecoderSpec):
+        held = replace(held, vocab_size=spec.vocab_size)  # a rank's logits are joined with the others'
+    activations = costs.activation_bytes(held, dtype, tokens, config.max_num_seqs) if held else 0
+    holders = layout.num_devices if on_cpu else 1
+    weights, activations = weights * holders, activations * holders
+    per_token *= layout.tp if on_cpu else 1
     kv = config.kv_cache_bytes or int(config.kv_fraction(on_cpu) * max(free - weights - activations, 0))
+    copies = layout.dp if on_cpu else 1
     return Memory(device, dtype, total, free, weights, activations, per_token, kv if per_token else 0, length, copies)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from engines.parallel.place import Place
+from engines.models.spec import DecoderSpec
+from engines.parallel.place import Place, held_spec
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,33 @@ class Layout:
         engine, rank = divmod(device, self.devices_per_engine)
         return engine, Place(rank, self.tp, self.ep)
 
+    def devices(self, engine: int) -> tuple[int, ...]:
+        """Of one engine."""
+        first = engine * self.devices_per_engine
+        return tuple(range(first, first + self.devices_per_engine))
+
+    def text(self, spec: DecoderSpec | None) -> str:
+        """What is spread, and over how many, for a person. spec: of the model, where it is known."""
+        each = f"{self.num_devices} devices"
+        if self.num_engines > 1:
+            each += f" in {self.num_engines} engines"
+        if spec is None or self.devices_per_engine == 1:
+            return f"{each}; each holds the whole model" if self.devices_per_engine == 1 else each
+        held = held_spec(spec, Place(0, self.tp, self.ep))
+        parts = [f"{held.num_attention_heads} of {spec.num_attention_heads} heads"]
+        if spec.mla is None:
+            parts.append(f"{held.num_key_value_heads} of {spec.num_key_value_heads} KV heads")
+        if spec.moe is None or spec.moe.dense_layers:
+            parts.append(f"{held.intermediate_size:,} of {spec.intermediate_size:,} intermediate features")
+        if spec.moe is not None and held.moe is not None:
+            parts.append(f"{held.moe.num_experts} of {spec.moe.num_experts} experts")
+            if held.moe.moe_intermediate_size < spec.moe.moe_intermediate_size:
+                parts[-1] += (
+                    f" ({held.moe.moe_intermediate_size:,} of their {spec.moe.moe_intermediate_size:,} features)"
+                )
+        parts.append(f"{held.vocab_size:,} of {spec.vocab_size:,} tokens of the vocabulary")
+        return f"{each}; a device holds {', '.join(parts)}, and all norms" + (", routers" if spec.moe else "")
+
 
 def findings(tp: int, dp: int, ep: int) -> Iterator[str]:
     """Why sizes do not go together, with the arithmetic."""
@@ -56,3 +84,12 @@ def findings(tp: int, dp: int, ep: int) -> Iterator[str]:
             f"parallelism.ep: {ep}; expected a multiple of tp, as copies of the model share experts as a whole: "
             f"{ep} / {tp} leaves {ep % tp}; correct it"
         )
+
+
+def visible_devices(devices: Sequence[int], seen: str | None) -> str:
+    """CUDA_VISIBLE_DEVICES, or its like, of a process that is to see only some of those that its parent sees.
+
+    seen: the parent's own value; None: it sees all.
+    """
+    names = None if seen is None else [name.strip() for name in seen.split(",") if name.strip()]
+    return ",".join(str(device) if names is None else names[device] for device in devices)

@@ -19,12 +19,14 @@ from engines.api import CheckpointError, EngineConfig, EngineSettings, Kind, Req
 from engines.capability import Offer, difference, quantization_attributes, reference_ops
 from engines.checkpoint import Checkpoint, open_checkpoint
 from engines.models.spec import EncoderSpec, ModelSpec, requirements
+from engines.parallel.place import in_the_way
 from engines.platform import Host, describe, fit_block_size, probe, resolve_dtype, torch_device, untried
 from runner.config import HostConfig, JobConfig
 from runner.errors import ConfigError, EngineError, InputError
 from runner.fingerprint import fingerprint
 from runner.hub import model_folder
 from runner.memory import Memory, gb, memory_notes, memory_of
+from runner.parallel import Layout
 from runner.schema import out_of_bounds
 from runner.secrets import mask_tree
 from runner.source.paths import shown_url
@@ -74,6 +76,11 @@ class Plan:
     @property
     def output_folder(self) -> str:
         return join(self.job.output.folder, self.job.name)
+
+    @property
+    def layout(self) -> Layout:
+        """How many devices the job takes, and what each of them does."""
+        return layout_of(self.job)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON, without credentials."""
@@ -184,15 +191,17 @@ def resolve(job: JobConfig, checkpoint: Checkpoint, host: Host, kind: Kind, thro
         numerics="fast" if job.numerics == "fast" else "invariant",
         quantization="int8" if job.model.quantization == "int8" else None,
         adapters=job.model.adapters,
+        tp=job.parallelism.tp,
+        ep=job.parallelism.ep,
         trust_remote_code=spec is None and not through_transformers,
     )
-    on_cpu, tp = chosen.engine == "cpu", job.parallelism.tp
+    on_cpu, layout = chosen.engine == "cpu", layout_of(job)
     dense = _dequantizes(_offer(chosen.engine, host), job, checkpoint)
-    stored, dp = job.model.quantization, job.parallelism.dp
-    memory = [memory_of(checkpoint, spec, chosen.dtype, config, host, on_cpu, tp, dense, stored, dp)]
+    stored = job.model.quantization
+    memory = [memory_of(checkpoint, spec, chosen.dtype, config, host, on_cpu, layout, dense, stored)]
     if on_cpu and host.device != "cpu":
         dtype = resolve_dtype(wanted, checkpoint.dtype, host, on_cpu=False)[0]
-        memory.append(memory_of(checkpoint, spec, dtype, config, host, False, tp, False, stored))
+        memory.append(memory_of(checkpoint, spec, dtype, config, host, False, layout, False, stored))
     notes += memory_notes(memory[0])
     return Plan(job, settings, verdicts, tuple(notes), tuple(memory), host, checkpoint.architecture, spec)
 
@@ -401,27 +410,29 @@ def _verdict(
         missed += slow
     elif slow:
         notes += [f"{text} ({', '.join(offer.notes)})" if offer.notes else text for text in slow]
-    memory = memory_of(
-        checkpoint,
-        spec,
-        dtype,
-        config,
-        host,
-        on_cpu,
-        job.parallelism.tp,
-        dense,
-        job.model.quantization,
-        job.parallelism.dp,
-    )
+    layout = layout_of(job)
+    missed += in_the_way(spec, layout.tp, layout.ep, quantization_of(job, checkpoint))
+    if not on_cpu and not offer.blockers and layout.num_devices > host.num_devices:
+        missed.append(
+            f"parallelism: tp * dp = {layout.tp} * {layout.dp} = {layout.num_devices} devices; {host.name} has "
+            f"{host.num_devices}"
+        )
+    memory = memory_of(checkpoint, spec, dtype, config, host, on_cpu, layout, dense, job.model.quantization)
     if memory.fits is False and not offer.blockers:
         missed.append(
             f"memory: weights {gb(memory.weight_bytes)} + activations {gb(memory.activation_bytes)} > "
             f"{gb(memory.total_bytes)} of {memory.device}"
         )
+    if not on_cpu and layout.num_devices > 1:
+        notes.append("several GPUs have not run this yet: it was tested with several processes on a processor")
     unseen = gpu_ledger.unseen(engine)
     if unseen and not missed:
         notes.append(unseen)
     return Verdict(engine, tuple(missed), dtype, tuple(notes))
+
+
+def layout_of(job: JobConfig) -> Layout:
+    return Layout(job.parallelism.tp, job.parallelism.dp, job.parallelism.ep)
 
 
 def _offer(engine: str, host: Host) -> Offer:

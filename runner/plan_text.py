@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from engines import costs
+from engines.models.spec import DecoderSpec
 from runner.memory import Memory, gb
 from runner.plan import Plan
 from runner.source.paths import shown_url
@@ -23,9 +24,11 @@ def render(plan: Plan) -> str:
         ("batch", f"{config.max_num_seqs} sequences, {config.max_num_batched_tokens} new tokens a step"),
         ("input", shown_url(plan.job.dataset.path)),
     ]
-    parallel = plan.job.parallelism
-    if parallel.tp * parallel.dp * parallel.ep > 1:
-        rows.insert(4, ("parallel", f"tp {parallel.tp}, dp {parallel.dp}, ep {parallel.ep}"))
+    layout = plan.layout
+    if layout.num_devices > 1:
+        sizes = f"tp {layout.tp}, dp {layout.dp}, ep {layout.ep}"
+        spec = plan.spec if isinstance(plan.spec, DecoderSpec) else None
+        rows.insert(4, ("parallel", f"{sizes}: {layout.text(spec)}"))
     typical = plan.inspection.typical_tokens if plan.inspection else 0
     for memory in plan.memory:
         rows.append(("memory", _memory(memory, typical)))

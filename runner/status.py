@@ -15,11 +15,11 @@ import orjson
 
 from runner.config import JobConfig
 from runner.errors import Interrupted
-from runner.leases import WORKER_SUFFIX
+from runner.leases import leased
 from runner.ledger import Ledger
 from runner.progress import METRICS_FILE, Counts, Summary, duration
 from runner.source import open_source
-from runner.storage import LEASES_FOLDER, local_folder
+from runner.storage import local_folder
 
 HEARD_OF_S = 300.0
 """Workers whose last line in the metrics is older than this are not listed."""
@@ -83,7 +83,6 @@ def status(folder: str, job: JobConfig) -> Status:
             ledger.check(chunk)
             entered.add(chunk.index)
     finished = Counter(index % count for index in entered)
-    leased = {name.partition(".")[0] for name in ledger.storage.list(LEASES_FOLDER) if not name.endswith(WORKER_SUFFIX)}
     return Status(
         folder=folder,
         finished=ledger.finished,
@@ -92,7 +91,7 @@ def status(folder: str, job: JobConfig) -> Status:
         num_rows=sum(part.num_rows for part in done.values()),
         num_errors=sum(part.num_errors for part in done.values()),
         shards={i: (finished[i], len(range(i, total, count))) for i in range(count) if job.shard.sharing == "fixed"},
-        num_leased=len({int(name) for name in leased} - entered),
+        num_leased=len(leased(ledger.storage).keys() - entered),
         workers=[] if ledger.finished else _workers(local_folder(folder) / METRICS_FILE),
     )
 

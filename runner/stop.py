@@ -16,8 +16,9 @@ from runner.window import Result
 
 MIN_ROWS_FOR_RATE = 100
 """Before this many rows `max_error_rate` says nothing."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-"""SIGUSR1 is what Slurm is asked to send before its time limit."""
+AHEAD = (signal.SIGUSR1, signal.SIGUSR2)
+"""What Slurm is asked to send before its time limit: the first by jobs/slurm, the second by the launcher of sweeps."""
+SIGNALS = (signal.SIGTERM, signal.SIGINT, *AHEAD)
 
 
 class Stop:
@@ -60,7 +61,7 @@ class Stop:
         """Raise Interrupted if it is time to leave."""
         again = "run the same command again to go on"
         if self._received is not None:
-            raise Interrupted(f"stopped by {self._received.name}; finished rows are kept; {again}", by_signal=True)
+            raise Interrupted(f"stopped by {self._received.name}; finished rows are kept; {again}", self._received)
         if self._deadline is not None and time.monotonic() > self._deadline:
             raise Interrupted(f"max_runtime_s: {self._max_runtime_s:g} s are over; rows are left; {again}")
 

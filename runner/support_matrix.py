@@ -69,6 +69,7 @@ KIND_EVIDENCE = {
     "sources": "tests/runner/source/test_contract.py",
     "tasks": "tests/runner/test_tasks.py",
     "transformers": "tests/parity/test_fallback.py",
+    "transformers on triton": "tests/engines/triton/test_engine.py",
 }
 
 
@@ -83,8 +84,9 @@ def render() -> str:
         "A dash: the engine does not offer it, for the reason that `mode=plan` gives.",
         "## Model families",
         _families(),
-        "Other causal models run on the CPU engine through their class in transformers, with a line in the plan that "
-        f"says so: {_proof(KIND_EVIDENCE['transformers'])}.",
+        "Other causal models run through their class in transformers, with a line in the plan that says so: on the CPU "
+        f"engine {_proof(KIND_EVIDENCE['transformers'])}, on the Triton engine "
+        f"{_proof(KIND_EVIDENCE['transformers on triton'], 'triton')}.",
         "## Compute dtypes",
         _dtypes(),
         "## Weight formats",

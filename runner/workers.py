@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import heapq
+import os
 import queue
 import signal
 import time
@@ -22,6 +23,7 @@ from runner import engine_main
 from runner.engine_main import Failure, Loaded, Loader, Report, unpack
 from runner.engine_process import Ended, EngineProcess
 from runner.errors import EngineError, InputError, InternalError
+from runner.parallel import Layout, visible_devices
 
 IN_FLIGHT = 2
 """Requests of a worker among several, as a multiple of its engine's max_num_seqs."""
@@ -437,19 +439,28 @@ class Workers:
             worker.close()
 
 
-def each_worker(settings: EngineSettings, num_workers: int) -> list[EngineSettings]:
-    """The settings of each of several workers on one processor: they share its threads and the memory for the cache."""
-    if num_workers == 1:
+def each_worker(settings: EngineSettings, layout: Layout, device: str) -> list[EngineSettings]:
+    """The settings of each engine of a job: on accelerators, which ones it has; on one processor, each rank's share of
+    its threads and of the memory for the cache.
+
+    device: the host's, as configurations call it.
+    """
+    if layout.num_devices == 1:
         return [settings]
-    config = settings.config
+    if settings.device != "cpu":
+        visible = platform.platforms()[device].visible
+        seen = os.environ.get(visible)
+        names = (visible_devices(layout.devices(engine), seen) for engine in range(layout.num_engines))
+        return [replace(settings, environment={visible: own}) for own in names]
+    config, ranks = settings.config, layout.num_devices
     size = config.kv_cache_bytes
     share: dict[str, Any] = {
-        "kv_cache_bytes": None if size is None else max(1, size // num_workers),
-        "kv_memory_fraction": config.kv_fraction(settings.device == "cpu") / num_workers,
+        "kv_cache_bytes": None if size is None else max(1, size // ranks),
+        "kv_memory_fraction": config.kv_fraction(on_cpu=True) / ranks,
     }
     if hasattr(config, "num_threads"):
-        share["num_threads"] = max(1, (config.num_threads or platform.num_cores()) // num_workers)
-    return [replace(settings, config=replace(config, **share))] * num_workers
+        share["num_threads"] = max(1, (config.num_threads or platform.num_cores()) // ranks)
+    return [replace(settings, config=replace(config, **share))] * layout.num_engines
 
 
 def _num_tokens(request: Request) -> int:

@@ -55,6 +55,14 @@ def call(ops: OpSet, case: Case, arguments: tuple[Any, ...]) -> list[Tensor]:
         else:
             prepared = ops.prepare_quantized(weight, bias, x.dtype)
         returned = ops.linear(x, prepared)
+    elif case.op == "mlp":
+        x, up, down, *biases = own
+        quantized = [isinstance(weight, Int8Weight) for weight in (up, down)]
+        prepared = [
+            ops.prepare_quantized(weight, bias, x.dtype) if is_int8 else ops.prepare_linear(weight, bias)
+            for weight, bias, is_int8 in zip((up, down), biases, quantized, strict=True)
+        ]
+        returned = ops.mlp(x, *prepared, **case.options)
     elif case.op == "fused_experts":
         x, gate_up, down, *routed = own
         returned = ops.fused_experts(x, ops.prepare_experts(gate_up, down, x.dtype), *routed, **case.options)
@@ -97,7 +105,7 @@ def numbers(*shape: int, dtype: torch.dtype, seed: int = 0, stretch: float = 1.0
 
 def cases() -> tuple[Case, ...]:
     makers = (
-        norms, activations, rotations, cache_writes, attentions, quantized_caches, latents, encoders, products,
+        norms, activations, rotations, cache_writes, attentions, quantized_caches, latents, encoders, products, mlps,
         quantized_products, adapted, experts, choices,
     )  # fmt: skip
     return tuple(itertools.chain.from_iterable(make() for make in makers))
@@ -308,6 +316,38 @@ def products() -> Iterator[Case]:
     yield Case("embedding", "0", lambda dtype: (torch.zeros(0, dtype=torch.int64), rows_of_a_table(dtype)[1]), {})
 
 
+def mlps() -> Iterator[Case]:
+    """Rows on both sides of where op sets change their ways; inner sizes of whole tiles and not."""
+    for rows, size, inner, bias in ((0, 64, 32, False), (1, 33, 48, True), (5, 40, 37, True), (150, 96, 80, False)):
+        for gated in (False, True):
+            name = "gelu_tanh" if bias else "silu"
+
+            def make(
+                dtype: torch.dtype,
+                rows: int = rows,
+                size: int = size,
+                inner: int = inner,
+                bias: bool = bias,
+                gated: bool = gated,
+            ) -> tuple[Any, ...]:
+                shapes = ((2 * inner if gated else inner, size), (size, inner))
+                weights = [
+                    numbers(*shape, dtype=dtype, seed=i, stretch=0.3).contiguous() for i, shape in enumerate(shapes)
+                ]
+                biases = [numbers(len(w), dtype=dtype, seed=3).contiguous() if bias else None for w in weights]
+                return numbers(rows, size, dtype=dtype), *weights, *biases
+
+            yield Case(
+                "mlp", f"{rows}x{size}x{inner}{'-gated' if gated else ''}", make, {"activation": name, "gated": gated}
+            )
+
+    def integers(dtype: torch.dtype) -> tuple[Any, ...]:
+        weights = (quantized_weights(out, size)["int8 static"] for out, size in ((192, 96), (96, 96)))
+        return numbers(150, 96, dtype=dtype), *weights, None, None
+
+    yield Case("mlp", "150-int8 static", integers, {"activation": "relu", "gated": True})
+
+
 def quantized_weights(out: int, size: int) -> dict[str, QuantizedWeight]:
     """A weight of every class and variant; size is a multiple of 32."""
     generator = torch.Generator().manual_seed(out)
@@ -351,6 +391,19 @@ def quantized_products() -> Iterator[Case]:
                 return numbers(rows, size, dtype=dtype).contiguous(), quantized_weights(out, size)[name], offset
 
             yield Case("linear", f"{name} {rows}x{size}x{out}{'+bias' if bias else ''}", make, {})
+
+    for tile in ((1, 384), (128, 128)):
+
+        def eight_bits(dtype: torch.dtype, tile: tuple[int, int] = tile) -> tuple[Any, ...]:
+            """Inputs that are 8-bit floats, with a scale of 1: op sets that round them change nothing."""
+            generator = torch.Generator().manual_seed(0)
+            x, weight = (torch.randn(n, 384, generator=generator).to(torch.float8_e4m3fn) for n in (70, 200))
+            x = x.to(dtype)
+            x[:, ::128] = 448.0
+            scales = torch.rand(-(-200 // tile[0]), 384 // tile[1], generator=generator) + 0.5
+            return x, Float8Weight(weight, scales, tile), None
+
+        yield Case("linear", f"fp8 inputs {tile[0]}x{tile[1]}", eight_bits, {})
 
 
 def adapted() -> Iterator[Case]:

@@ -91,8 +91,9 @@ Activation activation_of(const std::string& name) {
   if (name == "silu") return Activation::silu;
   if (name == "gelu") return Activation::gelu;
   if (name == "gelu_tanh") return Activation::gelu_tanh;
-  STD_TORCH_CHECK(name == "relu", "name: ", name, "; expected silu, gelu, gelu_tanh or relu");
-  return Activation::relu;
+  if (name == "relu") return Activation::relu;
+  STD_TORCH_CHECK(name == "swiglu_oai", "name: ", name, "; expected silu, gelu, gelu_tanh, relu or swiglu_oai");
+  return Activation::swiglu_oai;
 }
 
 Tensor act_and_mul(const Tensor& gate_up, std::string name) {

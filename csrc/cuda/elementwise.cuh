@@ -88,7 +88,7 @@ template <class T, int V> __global__ void __launch_bounds__(256) norm_kernel(Nor
 
 // ---- gated activation ----
 
-enum class Activation { silu, gelu, gelu_tanh, relu };
+enum class Activation { silu, gelu, gelu_tanh, relu, swiglu_oai };
 
 __device__ __forceinline__ float activate(float x, Activation name) {
   switch (name) {
@@ -98,6 +98,13 @@ __device__ __forceinline__ float activate(float x, Activation name) {
       return 0.5f * x * (1.0f + tanhf(0.79788456080286536f * (x + 0.044715f * x * x * x)));
     default: return x > 0.0f || x != x ? x : 0.0f;  // NaN stays NaN
   }
+}
+
+// gate * sigmoid(1.702 gate) * (up + 1), gate at most 7, up from -7 to 7; NaN stays NaN.
+__device__ __forceinline__ float swiglu_oai(float gate, float up) {
+  gate = gate > 7.0f ? 7.0f : gate;
+  up = up > 7.0f ? 7.0f : up < -7.0f ? -7.0f : up;
+  return gate / (1.0f + expf(-1.702f * gate)) * (up + 1.0f);
 }
 
 template <class T> struct GateParams {
@@ -117,8 +124,11 @@ template <class T, int V> __global__ void __launch_bounds__(256) gate_kernel(Gat
     Vector<T, V> a = load<T, V>(gate);
     const Vector<T, V> b = load<T, V>(gate + p.size);
 #pragma unroll
-    for (int j = 0; j < V; ++j)
-      a.v[j] = from_float<T>(to_float(from_float<T>(activate(to_float(a.v[j]), p.name))) * to_float(b.v[j]));
+    for (int j = 0; j < V; ++j) {
+      const float x = to_float(a.v[j]), up = to_float(b.v[j]);
+      const bool oai = p.name == Activation::swiglu_oai;
+      a.v[j] = from_float<T>(oai ? swiglu_oai(x, up) : to_float(from_float<T>(activate(x, p.name))) * up);
+    }
     store<T, V>(p.out + row * p.size + i, a);
   }
 }

@@ -26,8 +26,12 @@ extern "C" __attribute__((visibility("default"), used)) const char cuda_ops_tabl
     "write_kv dtype" CUDA_OPS_FLOATS
     "write_kv head_dim any\n"
     "act_and_mul dtype" CUDA_OPS_FLOATS
-    "act_and_mul activation silu gelu gelu_tanh relu\n"
-    "linear weights w4a16 w8a8 mxfp4\n"
+    "act_and_mul activation silu gelu gelu_tanh relu swiglu_oai\n"
+    "linear weights w4a16 w8a8 fp8 mxfp4\n"
+    "route scoring softmax softmax_of_chosen sigmoid\n"
+    "fused_experts dtype" CUDA_OPS_HALVES
+    "fused_experts activation silu gelu gelu_tanh relu swiglu_oai\n"
+    "fused_experts weights w4a16 w8a8 fp8 mxfp4\n"
     "softcap dtype" CUDA_OPS_FLOATS
     "sample dtype float32\n"
     "apply_penalties dtype float32\n"
@@ -37,14 +41,4 @@ extern "C" __attribute__((visibility("default"), used)) const char cuda_ops_tabl
     "paged_attention window any\n"
     "paged_attention softcap any\n"
     "paged_attention sinks any\n"
-    "write_quantized_kv dtype" CUDA_OPS_FLOATS
-    "write_quantized_kv head_dim any\n"
-    "write_quantized_kv kv_dtype int8 int4 fp8\n"
-    "quantized_attention dtype" CUDA_OPS_HALVES
-    "quantized_attention head_dim" CUDA_OPS_HEAD_DIMS(CUDA_OPS_NAME) "\n"
-    "quantized_attention kv_dtype int8 int4 fp8\n"
-    "quantized_attention group any\n"
-    "quantized_attention window any\n"
-    "quantized_attention softcap any\n"
-    "quantized_attention sinks any\n"
     "end\n";

@@ -1,4 +1,4 @@
-// The op linear: checks, splits and launch of products with weights that product_kernel streams.
+// The ops linear and expert_linear: checks, splits and launch of products with weights that product_kernel streams.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -26,9 +26,10 @@ struct Format {
 Format format_of(const std::string& name) {
   if (name == "w4 float16" || name == "w4 bfloat16")
     return {ScalarType::Int, 1, 2, product_tile<16, 32, 64>, launch_product_w4};
+  if (name == "fp8") return {ScalarType::Float, 2, 2, product_tile<16, 64>, launch_product_fp8};
   if (name == "mxfp4") return {ScalarType::Byte, 1, 2, product_tile<16, 64>, launch_product_mxfp4};
   if (name == "dense") return {ScalarType::Float, 4, 2, product_tile<16, 64, 128>, launch_product_dense};
-  STD_TORCH_CHECK(name == "int8", "weights: ", name, "; expected w4 float16, w4 bfloat16, mxfp4, dense or int8");
+  STD_TORCH_CHECK(name == "int8", "weights: ", name, "; expected w4 float16, w4 bfloat16, fp8, mxfp4, dense or int8");
   return {ScalarType::Float, 4, 1, product_tile<16, 64, 128>, launch_product_int8};
 }
 
@@ -65,6 +66,12 @@ ProductParams params_of(const Tensor& x, const std::string& weights, const Forma
                     in_features, " columns; expected groups of 32 or of a multiple of 64");
     p.scales_are_bf16 = weights == "w4 bfloat16";
   }
+  if (weights == "fp8") {
+    p.group_size = static_cast<int>(p.scale_rows == 1 ? chunks * 64 : in_features / std::max(1, p.scale_rows));
+    STD_TORCH_CHECK(p.scale_rows == 1 || (p.scale_rows * p.group_size == in_features && p.group_size % 64 == 0),
+                    "scales: ", p.scale_rows, " groups of ", in_features,
+                    " columns; expected one, or groups of a multiple of 64");
+  }
   if (bias) {
     check_like(*bias, x, "bias", "x");
     STD_TORCH_CHECK(bias->is_contiguous() && bias->dim() == 2 && bias->size(0) == experts &&
@@ -96,9 +103,9 @@ std::pair<Tensor, Tensor> quantize(const Tensor& x, const std::optional<Tensor>&
                     "input_scale: expected one float32");
   const float* one = input_scale ? data<float>(*input_scale) : nullptr;
   const QuantizeParams own{p.x, one, static_cast<unsigned char*>(codes.mutable_data_ptr()), mutable_data<float>(scales),
-                           p.x_stride, p.in_features, static_cast<int>(padded)};
+                           p.x_stride, p.in_features, static_cast<int>(padded), 0};
   with_half(x.scalar_type(), "x", [&]<class Tagged>(Tagged) {
-    launch(quantize_int8_kernel<typename Tagged::type>, dim3(static_cast<unsigned>(p.num_tokens)),
+    launch(quantize_rows_kernel<typename Tagged::type, false>, dim3(static_cast<unsigned>(p.num_tokens)),
            dim3(kQuantizeThreads), kQuantizeThreads / 32 * sizeof(float), place, own);
   });
   p.x = codes.const_data_ptr();
@@ -141,16 +148,44 @@ Tensor linear(const Tensor& x, std::string weights, const Tensor& codes, const s
   return out;
 }
 
+// Each slot's row by its expert's weight. slots: [tiles, tile], tile_experts: [tiles], as sort_slots makes them; slot s is
+// row s / slots_of_row of x. Returns [num_slots, out_features]; rows of slots that no tile has are not written.
+Tensor expert_linear(const Tensor& x, std::string weights, const Tensor& codes, const std::optional<Tensor>& scales,
+                     const std::optional<Tensor>& bias, const Tensor& slots, const Tensor& tile_experts,
+                     int64_t slots_of_row, int64_t out_features) {
+  const Format format = format_of(weights);
+  ProductParams p = params_of(x, weights, format, codes, scales, bias, out_features);
+  STD_TORCH_CHECK(slots_of_row >= 1, "slots_of_row: ", slots_of_row, "; expected at least 1");
+  Tensor out = torch::stable::new_empty(x, {p.num_tokens * slots_of_row, out_features});
+  STD_TORCH_CHECK(slots.scalar_type() == ScalarType::Int && slots.dim() == 2 && slots.is_contiguous(),
+                  "slots: expected [tiles, tile] int32, contiguous");
+  const int64_t tiles = slots.size(0);
+  p.tile_experts = int32s(tile_experts, tiles, "tile_experts");
+  p.slots = data<int32_t>(slots);
+  p.slots_of_row = static_cast<int>(slots_of_row);
+  if (p.num_tokens == 0) return out;
+  const Place place(x.get_device_index());
+  std::optional<std::pair<Tensor, Tensor>> quantized;
+  if (weights == "int8") quantized = quantize(x, std::nullopt, place, p);
+  p.out = out.mutable_data_ptr();
+  format.launch(x.scalar_type(), static_cast<int>(slots.size(1)), static_cast<int>(tiles), place, p);
+  return out;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(cuda_ops, library) {
   library.def(
       "linear(Tensor x, str weights, Tensor codes, Tensor? scales, Tensor? bias, Tensor? input_scale, "
       "Tensor(a!) arrived, int out_features) -> Tensor");
+  library.def(
+      "expert_linear(Tensor x, str weights, Tensor codes, Tensor? scales, Tensor? bias, Tensor slots, "
+      "Tensor tile_experts, int slots_of_row, int out_features) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cuda_ops, CUDA_OPS_DISPATCH_KEY, library) {
   library.impl("linear", TORCH_BOX(&linear));
+  library.impl("expert_linear", TORCH_BOX(&expert_linear));
 }
 
 }  // namespace cuda_ops

@@ -69,7 +69,7 @@ __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.
 
 // ---- products of a warpgroup ----
 
-// The right factor in shared memory, in rows of 128 bytes swizzled as copy_box leaves them, as instructions name it.
+// A factor in shared memory, in rows of 128 bytes swizzled as copy_box leaves them, as instructions name it.
 // Keys of products, k, and columns, n, lie at (CUTLASS, cute/arch/mma_sm90_desc.hpp and atom/mma_traits_sm90_gmma.hpp)
 //   k contiguous: (n / 8) * stride + (n % 8) * 128 + 2 * k
 //   n contiguous: (n / 64) * leading + (n % 64) * 2 + (k / 8) * stride + (k % 8) * 128
@@ -134,6 +134,35 @@ CUDA_OPS_PRODUCT(bf16, "bf16", false, "1")
 CUDA_OPS_PRODUCT(fp16, "f16", true, "0")
 CUDA_OPS_PRODUCT(fp16, "f16", false, "1")
 #undef CUDA_OPS_PRODUCT
+
+// The same of 8-bit floats, E4M3, for a of 64x32 and b of 32xN, both in shared memory with k contiguous: a as
+// describe_tile has b, its rows for columns.
+template <int N>
+__device__ __forceinline__ void start_product_e4m3(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool accumulate);
+
+#define CUDA_OPS_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
+template <>
+__device__ __forceinline__ void start_product_e4m3<16>(float (&d)[2][4], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %10, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n16k32.f32.e4m3.e4m3 {" CUDA_OPS_R8 "}, %8, %9, p, 1, 1;\n}\n"
+      : CUDA_OPS_F(0), CUDA_OPS_F(1) : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+}
+template <>
+__device__ __forceinline__ void start_product_e4m3<64>(float (&d)[8][4], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n64k32.f32.e4m3.e4m3 {" CUDA_OPS_R32 "}, %32, %33, p, 1, 1;\n}\n"
+      : CUDA_OPS_F8(0) : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+}
+template <>
+__device__ __forceinline__ void start_product_e4m3<128>(float (&d)[16][4], uint64_t a, uint64_t b, bool accumulate) {
+  asm volatile(
+      "{\n.reg .pred p;\nsetp.ne.b32 p, %66, 0;\n"
+      "wgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" CUDA_OPS_R64 "}, %64, %65, p, 1, 1;\n}\n"
+      : CUDA_OPS_F8(0), CUDA_OPS_F8(8) : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
+}
+#undef CUDA_OPS_R8
 #undef CUDA_OPS_F
 #undef CUDA_OPS_F8
 #undef CUDA_OPS_R32

@@ -15,7 +15,7 @@ template <class Format, int TOKENS> struct ProductShape {
   static constexpr int kInputBytes = TOKENS * kChunkBytes;
   static constexpr int kStageBytes = kCodeBytes + kInputBytes + Format::kScaleBytes;
   // At most 96 KiB, so that devices with the least shared memory (sm_86) can run it.
-  static constexpr int kStages = Format::kPieces == 1 ? (TOKENS <= 32 ? 6 : 4) : (TOKENS <= 16 ? 5 : 3);
+  static constexpr int kStages = Format::kPieces <= 2 ? (TOKENS <= 32 ? 6 : 4) : (TOKENS <= 16 ? 5 : 3);
   static constexpr int kOutStride = kProductRows + 4;
   static constexpr int kPipelineBytes =
       kStages * kStageBytes > TOKENS * kOutStride * 4 ? kStages * kStageBytes : TOKENS * kOutStride * 4;
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(ProductShape<Format, TOKENS>::kThreads) produc
                float value = static_cast<float>(sum);
                if constexpr (__is_same(Sum, int))
                  value = multiply(multiply(value, p.x_scales[p.one_x_scale ? 0 : rows[token]]),
-                                  static_cast<const float*>(p.scales)[row]);
+                                  static_cast<const float*>(p.scales)[expert * p.padded_out + row]);
                if (bias) value = add(value, to_float(bias[row]));
                static_cast<T*>(p.out)[static_cast<int64_t>(at) * p.out_features + row] = from_float<T>(value);
              });

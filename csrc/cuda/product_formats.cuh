@@ -170,4 +170,63 @@ template <class T_> struct Mxfp4 {
   }
 };
 
+// An E4M3 number whose exponent and mantissa lie at the upper end of T's mantissa is 2^-120 of its value in bfloat16, 2^-8 in
+// float16. NaN, which has no bits of its own there, becomes 480.
+template <class T> struct Eighth;
+template <> struct Eighth<bf16> {
+  static constexpr int kShift = 4;
+  static constexpr uint32_t kPower = 0x7B807B80;  // 2^120
+};
+template <> struct Eighth<fp16> {
+  static constexpr int kShift = 7;
+  static constexpr uint32_t kPower = 0x5C005C00;  // 2^8
+};
+
+// 8-bit floats for 16-bit inputs, with a scale for each group of columns, which multiplies a group's sum in float32.
+template <class T_> struct Fp8 {
+  using T = T_;
+  using Sum = float;
+  static constexpr bool kScaled = true;
+  static constexpr int kValueBytes = 2, kPieces = 2, kScaleBytes = kProductRows * 4;
+  using Row = NoRow;
+
+  __device__ __forceinline__ static void copy_scales(unsigned char* to, const ProductParams& p, int expert, int row,
+                                                     int chunk) {
+    const int four = threadIdx.x * 4;
+    if (four >= kProductRows) return;
+    const int64_t group = static_cast<int64_t>(expert) * p.scale_rows + chunk * 64 / p.group_size;
+    copy_async(to + four * 4, static_cast<const float*>(p.scales) + group * p.padded_out + row + four, true);
+  }
+  __device__ __forceinline__ static const unsigned char* group(const unsigned char* scales, const ProductParams&, int,
+                                                               int row) {
+    return scales + row * 4;
+  }
+  struct Codes {
+    uint4 words[2];
+    __device__ __forceinline__ Codes(const unsigned char* codes, int tile, int lane) {
+      const uint4* own = reinterpret_cast<const uint4*>(codes) + tile * 64 + lane;
+      words[0] = own[0], words[1] = own[32];
+    }
+    __device__ __forceinline__ void fragment(uint32_t (&to)[4], int step, NoRow) const {
+      const uint4 four = words[step / 2];
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint32_t word = step % 2 ? (j < 2 ? four.z : four.w) : (j < 2 ? four.x : four.y);
+        const uint32_t code = word >> (j % 2 * 8);
+        to[j] = multiply_pairs<T>((code & 0x007F007Fu) << Eighth<T>::kShift | (code & 0x00800080u) << 8,
+                                  Eighth<T>::kPower);
+      }
+    }
+  };
+  __device__ __forceinline__ static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    multiply_add<T>(d, a, b0, b1);
+  }
+  __device__ __forceinline__ static bool ends(const ProductParams& p, int through) {
+    return through % p.group_size == 0;
+  }
+  __device__ __forceinline__ static float scale(const unsigned char* group, int row, const ProductParams&) {
+    return reinterpret_cast<const float*>(group)[row];
+  }
+};
+
 }  // namespace cuda_ops

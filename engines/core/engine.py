@@ -25,10 +25,13 @@ from engines.core.sequence import Sequence
 from engines.models.base import Model
 from engines.ops import OpSet
 from engines.ops.kv_cache import KVDtype
+from engines.parallel.group import GroupError
 
 log = logging.getLogger(__name__)
 Watch = Callable[[Many[int]], None]
 NO_SAMPLING = SamplingParams(max_tokens=0)
+SPARE_SHARE = 32
+"""One in so many blocks of a CPU's cache keeps a text that nobody waits for, before one is used that never was."""
 MAX_TRACEBACKS = 10
 """Different failures that are logged with a traceback; every failed request has its message in its outcome."""
 
@@ -65,7 +68,9 @@ class LLMEngine:
         self.runner = ModelRunner(
             model, ops, num_blocks, config.block_size, dtype, device, kv_dtype, graphs, self.max_model_len
         )
-        self.blocks = BlockManager(num_blocks) if self.runner.paged else None
+        # A system's memory comes page by page when it is first used, a device's was given as a whole.
+        spare = num_blocks // SPARE_SHARE if device.place.type == "cpu" else None
+        self.blocks = BlockManager(num_blocks, spare) if self.runner.paged else None
         self.scheduler = Scheduler(
             self.blocks,
             config.block_size,
@@ -159,7 +164,7 @@ class LLMEngine:
         elif self._flight is not None:
             outcomes += self._land()
         elif self.scheduler.waiting:
-            outcomes.append(self._give_up(self.scheduler.waiting.popleft()))
+            outcomes.append(self._give_up(self.scheduler.give_up()))
         self._num_unfinished -= len(outcomes)
         return outcomes
 
@@ -175,7 +180,7 @@ class LLMEngine:
         """Launch a step and read the one before, or this one where nothing overlaps; if it raises, halve it until the
         sequence that raises is alone.
 
-        Raises what the step did where the device is lost: nothing more can be computed in this process.
+        Raises what the step did where the device or another rank is lost: nothing more can be computed in this process.
         """
         failure: Exception | None = None
         try:
@@ -184,7 +189,7 @@ class LLMEngine:
             failure = error
         if failure is not None:
             # Out of the handler, so that the failures of the halves are not chained to this one.
-            if self.device.lost():
+            if isinstance(failure, GroupError) or self.device.lost():
                 raise failure
             outcomes = self._land()
             return outcomes + self._after_failure([s for s in step if s.seq.slot >= 0], failure)
@@ -372,6 +377,7 @@ class LLMEngine:
     def close(self) -> None:
         self._flight = self.runner.graphs = None
         self.runner.caches.clear()
+        self.model.close()
         del self.model, self.runner.model
 
     def check_integrity(self) -> None:

@@ -85,9 +85,32 @@ class Scheduler:
         self._slots = list(range(num_slots - 1, -1, -1))
         self._pending: dict[int, Sequence] = {}
         """By digest: full prompt blocks that a running sequence is about to compute."""
+        self._awaited: dict[int, list[int]] = {}
+        """By id of a waiting sequence: digests of the blocks that it may reuse."""
 
     def add(self, seqs: Iterable[Sequence]) -> None:
-        self.waiting.extend(self._ordered(list(seqs)))
+        ordered = self._ordered(list(seqs))
+        for seq in ordered:
+            self._expect(seq, seq.reusable_tokens)
+        self.waiting.extend(ordered)
+
+    def give_up(self) -> Sequence:
+        """The first that waits, which does so no more."""
+        seq = self.waiting.popleft()
+        self._expect_no_more(seq)
+        return seq
+
+    def _expect(self, seq: Sequence, num_tokens: int) -> None:
+        """The sequence will wait; what it may reuse are its first num_tokens."""
+        if self.prefix_caching:
+            assert self.blocks is not None
+            self._awaited[seq.seq_id] = [seq.digest(i, self.block_size) for i in range(num_tokens // self.block_size)]
+            self.blocks.expect(self._awaited[seq.seq_id])
+
+    def _expect_no_more(self, seq: Sequence) -> None:
+        if self.prefix_caching:
+            assert self.blocks is not None
+            self.blocks.expect_no_more(self._awaited.pop(seq.seq_id))
 
     def _ordered(self, seqs: list[Sequence]) -> list[Sequence]:
         """Groups with a common first block together, the group with the longest outputs first."""
@@ -190,6 +213,7 @@ class Scheduler:
                 return False
             for block in reused:
                 self.blocks.share(block)
+            self._expect_no_more(seq)
             seq.slot = self._slots.pop()
             row = reused + [self.blocks.allocate() for _ in range(needed)]
             self.block_tables[seq.slot, : len(row)] = row
@@ -230,6 +254,8 @@ class Scheduler:
 
     def _preempt(self, seq: Sequence) -> None:
         assert seq.unread_row < 0, "a sequence with a token in flight has no text to begin again from"
+        # Before its blocks are free: they are kept for it.
+        self._expect(seq, seq.num_registered_blocks * self.block_size)
         self.remove(seq)
         seq.num_computed_tokens = 0
         seq.values.clear()
@@ -288,7 +314,8 @@ class Scheduler:
         slots = [seq.slot for seq in self.running]
         assert sorted(slots + self._slots) == list(range(len(self.block_tables))), "slots are lost or doubly used"
         if self.blocks is not None:
-            self.blocks.check_integrity(self.owned(seq) for seq in self.running)
+            waiting = [self._awaited[seq.seq_id] for seq in self.waiting] if self.prefix_caching else []
+            self.blocks.check_integrity((self.owned(seq) for seq in self.running), waiting)
             for seq in self.running:
                 assert seq.num_computed_tokens <= seq.num_blocks * self.block_size, "computed tokens without a block"
         running = {id(seq) for seq in self.running}

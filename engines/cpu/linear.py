@@ -1,4 +1,4 @@
-"""Products with weights that oneDNN has laid out for the processor once, at load."""
+"""Products with weights that are laid out for the processor once, at load."""
 
 from __future__ import annotations
 
@@ -8,18 +8,30 @@ import torch
 from torch import Tensor
 
 from engines import extension
+from engines.cpu.compiled import ACTIVATIONS
 from engines.ops import OpSet
 from engines.ops import linear as reference
 from engines.ops.linear import LinearWeight
 from engines.ops.quantized import Int8Weight, QuantizedWeight
 
 INT8_ROWS = 256
-"""Tokens of one product of integers: its float32 sums are read again while they are in the cache."""
+"""Tokens of one of oneDNN's products of integers: its float32 sums are read again while they are in the cache."""
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """In tiles for the matrix unit (csrc/cpu/linear.h): bfloat16, or int8 with scales. Inputs are bfloat16."""
+
+    data: Tensor
+    scales: Tensor | None = None
+    """[out_features] float32, of int8"""
+    input_scale: Tensor | None = None
+    """[1] float32: one of all inputs; None: each token has its own"""
 
 
 @dataclass(frozen=True)
 class PackedInt8:
-    """An Int8Weight as oneDNN has it."""
+    """An Int8Weight as oneDNN has it, for machines without a matrix unit and other inputs than bfloat16."""
 
     data: Tensor
     scales: Tensor
@@ -30,36 +42,85 @@ class PackedInt8:
 
 
 def prepare_linear(weight: Tensor, bias: Tensor | None) -> LinearWeight:
-    """As the reference. bfloat16 weights are packed for the matrix units (AMX, AVX512-BF16) where there are any.
+    """As the reference. bfloat16 is packed for the matrix unit, or by oneDNN for AVX512-BF16, where there is one.
 
-    Packed products have the same bits as unpacked ones and take a half to nine tenths of the time. float32 and float16
-    stay as they are: packing them gains nothing that can be told from noise.
+    Packed products take a half to nine tenths of the time. float32 and float16 stay as they are: packing them gains
+    nothing that can be told from noise.
     """
-    if not _packs(weight):
+    if weight.dtype != torch.bfloat16 or not weight.numel():
         return reference.prepare_linear(weight, bias)
-    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-    return LinearWeight(packed, bias, weight.shape[1], weight.shape[0])
+    if _has_matrix_unit():
+        packed = PackedWeight(torch.ops.cpu_ops.pack_weight(weight.contiguous()))
+        return LinearWeight(packed, bias, weight.shape[1], weight.shape[0])
+    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
+        return LinearWeight(reordered, bias, weight.shape[1], weight.shape[0])
+    return reference.prepare_linear(weight, bias)
 
 
 def prepare_quantized(self: OpSet, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> LinearWeight:
     """As the reference. With the compiled library, 8-bit integers are packed for the integer units (AMX, VNNI)."""
     if not isinstance(weight, Int8Weight) or dtype == torch.float64 or extension.reason() is not None:
         return reference.prepare_quantized(self, weight, bias, dtype)
-    packed = torch.ops.onednn.qlinear_prepack(weight.data, None)
     scales = weight.scales.float().contiguous()
-    data = PackedInt8(packed, scales, torch.zeros(len(scales), dtype=torch.int64), weight.input_scale)
+    data: PackedWeight | PackedInt8
+    if dtype == torch.bfloat16 and weight.data.numel() and _has_matrix_unit():
+        data = PackedWeight(torch.ops.cpu_ops.pack_weight(weight.data.contiguous()), scales, weight.input_scale)
+    else:
+        packed = torch.ops.onednn.qlinear_prepack(weight.data, None)
+        data = PackedInt8(packed, scales, torch.zeros(len(scales), dtype=torch.int64), weight.input_scale)
     return LinearWeight(data, bias, weight.shape[1], weight.shape[0])
 
 
 def linear(x: Tensor, weight: LinearWeight) -> Tensor:
-    """As the reference, but that sums of integers for bfloat16 are rounded before and after the token's scale."""
-    if isinstance(weight.data, PackedInt8):
-        return _int8_linear(x, weight.data, weight.bias, weight.out_features)
-    if not (isinstance(weight.data, Tensor) and weight.data.is_mkldnn):
+    """As the reference, but that oneDNN's sums of integers for bfloat16 are rounded before and after the token's scale.
+
+    A token's bits do not depend on the others, in bfloat16 and with integers.
+    """
+    data = weight.data
+    if isinstance(data, PackedWeight):
+        return _packed_linear(x, data, weight.bias, weight.out_features)
+    if isinstance(data, PackedInt8):
+        return _int8_linear(x, data, weight.bias, weight.out_features)
+    if not (isinstance(data, Tensor) and data.is_mkldnn):
         return reference.linear(x, weight)
     if x.shape[0] == 0:
         return x.new_empty(0, weight.out_features)
-    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight.data, weight.bias, "none", [], "")
+    result: Tensor = torch.ops.mkldnn._linear_pointwise(x, data, weight.bias, "none", [], "")
+    return result
+
+
+def mlp(self: OpSet, x: Tensor, up: LinearWeight, down: LinearWeight, activation: str, gated: bool) -> Tensor:
+    """As the reference. Packed weights: what is between the products stays in the cache."""
+    first, second = up.data, down.data
+    whole_tiles = down.in_features % 16 == 0 or not gated
+    if not (isinstance(first, PackedWeight) and isinstance(second, PackedWeight) and whole_tiles):
+        return reference.mlp(self, x, up, down, activation, gated)
+    if (first.scales is None) != (second.scales is None):
+        return reference.mlp(self, x, up, down, activation, gated)
+    result: Tensor = torch.ops.cpu_ops.mlp_packed(
+        x,
+        first.data,
+        up.bias,
+        first.scales,
+        first.input_scale,
+        second.data,
+        down.bias,
+        second.scales,
+        second.input_scale,
+        down.in_features,
+        down.out_features,
+        ACTIVATIONS[activation],
+        gated,
+    )
+    return result
+
+
+def _packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out_features: int) -> Tensor:
+    scales = None
+    if weight.scales is not None:
+        x, scales = torch.ops.cpu_ops.quantize_rows(x, weight.input_scale)
+    result: Tensor = torch.ops.cpu_ops.linear_packed(x, weight.data, bias, weight.scales, scales, out_features)
     return result
 
 
@@ -86,10 +147,9 @@ def _sums(codes: Tensor, weight: PackedInt8, dtype: torch.dtype) -> Tensor:
     return made
 
 
-def _packs(weight: Tensor) -> bool:
-    return (
-        weight.dtype == torch.bfloat16
-        and weight.numel() > 0
-        and torch.backends.mkldnn.is_available()
-        and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    )
+def _has_matrix_unit() -> bool:
+    """Whether the compiled library multiplies on it."""
+    if extension.reason() is not None:
+        return False
+    extension.load()
+    return bool(torch.ops.cpu_ops.packs_weights())

@@ -62,7 +62,7 @@ OPS: dict[str, dict[str, Allowed]] = {
     "apply_penalties": {},
     "log_softmax_gather": {},
     "top_logprobs": {},
-    "parallelism": {"tp": one_of(1), "dp": Allowed(ge=1), "ep": one_of(1)},
+    "parallelism": {name: Allowed(ge=1) for name in ("tp", "dp", "ep")},
     "transformers_model": {"dtype": DTYPES, "quantization": DENSE_ONLY},
 }
 

@@ -15,6 +15,7 @@ class OpSet(ops.OpSet):
 
     prepare_linear = staticmethod(linear.prepare_linear)
     prepare_quantized = linear.prepare_quantized
+    mlp = linear.mlp
     linear = staticmethod(linear.linear)
     paged_attention = staticmethod(attention.paged_attention)
     allocate_kv_cache = staticmethod(memory.allocate_kv_cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from engines.api import GPUConfig
@@ -17,11 +18,10 @@ class Config(GPUConfig):
 
 MINIMUM = (8, 0)
 DTYPES = one_of("float32", "bfloat16", "float16")
-DEQUANTIZED = frozenset({"w2a16", "w8a16", "fp8"})
+DEQUANTIZED = frozenset({"w2a16", "w8a16"})
 """Weights that become dense at load: there is no kernel for them."""
 QUANTIZED: dict[str, Allowed] = {
     "quantization": one_of("awq", "gptq", "compressed-tensors", "fp8", "mxfp4", "int8"),
-    "weights": one_of("w4a16", "w8a8", "mxfp4", *sorted(DEQUANTIZED)),
     "bits": one_of(2, 4, 8),
     "group_size": Allowed(values=(-1, 32), ge=64, multiple_of=64),
     "sym": YES,
@@ -40,6 +40,11 @@ TORCH: dict[str, dict[str, Allowed]] = {
 """Ops that are a call or two of torch's own kernels: cuBLAS, a gather, topk."""
 
 
+def _weights(compiled: Mapping[str, Allowed]) -> dict[str, Allowed]:
+    """The kinds of weights that an op takes: as they are, or dequantized."""
+    return {"weights": one_of(*compiled["weights"].values, *sorted(DEQUANTIZED))}
+
+
 def offers(host: Host) -> Offer:
     blockers = cuda_blockers(host, MINIMUM)
     text = None
@@ -56,10 +61,14 @@ def offers(host: Host) -> Offer:
         )
     ops = {**TORCH, **(compiled.ops if compiled is not None else {})}
     if compiled is not None and "linear" in compiled.ops:
-        ops["linear"] = {**TORCH["linear"], **QUANTIZED}
+        ops["linear"] = {**TORCH["linear"], **QUANTIZED, **_weights(compiled.ops["linear"])}
+    if compiled is not None and "fused_experts" in compiled.ops:
+        own = compiled.ops["fused_experts"]
+        # Inputs that each expert has in an order of its own would need a copy each.
+        ops["fused_experts"] = {**own, **QUANTIZED, **_weights(own), "desc_act": one_of(False)}
     return Offer(
         engine="cuda",
-        ops={**ops, "parallelism": {name: one_of(1) for name in ("tp", "dp", "ep")}},
+        ops={**ops, "parallelism": {name: Allowed(ge=1) for name in ("tp", "dp", "ep")}},
         blockers=tuple(blockers),
         sm=sm,
         dequantized=DEQUANTIZED,

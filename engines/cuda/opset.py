@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from engines import extension, ops
 from engines.batch import Batch
-from engines.cuda.quantized import PackedWeight, pack
-from engines.ops.kv_cache import KVCache, QuantizedKVCache
+from engines.cuda.experts import PackedExperts, pack_experts
+from engines.cuda.quantized import Fp8Weight, PackedWeight, pack, pack_fp8
+from engines.ops.kv_cache import KVCache
 from engines.ops.linear import LinearWeight
-from engines.ops.quantized import QuantizedWeight
+from engines.ops.moe import Experts, Projection
+from engines.ops.quantized import Float8Weight, Int8Weight, QuantizedWeight
 from engines.ops.sampling import SamplingBatch
 
 COUNTERS = 1 << 16
@@ -44,9 +49,7 @@ class OpSet(ops.OpSet):
         return normed, total
 
     def act_and_mul(self, gate_up: Tensor, name: str) -> Tensor:
-        """As the reference, which computes swiglu_oai."""
-        if name == "swiglu_oai":
-            return super().act_and_mul(gate_up, name)
+        """As the reference."""
         result: Tensor = torch.ops.cuda_ops.act_and_mul(gate_up, name)
         return result
 
@@ -78,15 +81,24 @@ class OpSet(ops.OpSet):
 
     def prepare_quantized(self, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> LinearWeight:
         """Weights stay as small as they are where a kernel takes them (quantized.pack); the others as the reference."""
-        packed = pack(weight) if dtype in HALVES else None
+        packed: PackedWeight | Fp8Weight | None = None
+        if dtype in HALVES:
+            if isinstance(weight, Float8Weight) and torch.ops.cuda_ops.has_linear_fp8(weight.data):
+                packed = pack_fp8(weight)
+            packed = packed or pack(weight)
         if packed is None:
             return super().prepare_quantized(weight, bias, dtype)
         return LinearWeight(packed, bias, weight.shape[1], weight.shape[0])
 
     def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
         """As the reference. 4-bit weights are not rounded: codes (less zeros) are exact, a group's sum times its scale
-        is float32. A token's bits do not depend on the batch."""
+        is float32. On sm_90a inputs of 8-bit floats are rounded to such. A token's bits do not depend on the batch."""
         packed = weight.data
+        if isinstance(packed, Fp8Weight):
+            scaled: Tensor = torch.ops.cuda_ops.linear_fp8(
+                _aligned(x), packed.codes, packed.scales, weight.bias, packed.input_scale, self._counters(x.device)
+            )
+            return scaled
         if not isinstance(packed, PackedWeight):
             return super().linear(x, weight)
         if packed.permutation is not None:
@@ -102,6 +114,46 @@ class OpSet(ops.OpSet):
             weight.out_features,
         )
         return result
+
+    def prepare_experts(self, gate_up: Sequence[Projection], down: Sequence[Projection], dtype: torch.dtype) -> Experts:
+        """As the reference; stacked for one launch a projection where dtype is a 16-bit float. Integers whose inputs
+        have a fixed scale stay with the reference."""
+        fixed = any(isinstance(p.weight, Int8Weight) and p.weight.input_scale is not None for p in (*gate_up, *down))
+        if dtype not in HALVES or fixed:
+            return super().prepare_experts(gate_up, down, dtype)
+        return Experts((pack_experts(gate_up, dtype), pack_experts(down, dtype)), len(gate_up))
+
+    def fused_experts(self, x: Tensor, experts: Experts, weights: Tensor, ids: Tensor, activation: str) -> Tensor:
+        """As the reference, without a look at ids from the processor. A token's bits do not depend on the batch."""
+        if not isinstance(experts.data, tuple):
+            return super().fused_experts(x, experts, weights, ids, activation)
+        gate_up, down = experts.data
+        top_k = ids.shape[1]
+        outer, inner = gate_up.tile(ids.numel()), down.tile(ids.numel())
+        ids = ids.contiguous()
+        slots = torch.ops.cuda_ops.sort_slots(ids, experts.num_experts, outer)
+        hidden = self.act_and_mul(_expert_linear(x, gate_up, slots, top_k), activation)
+        if inner != outer:
+            slots = torch.ops.cuda_ops.sort_slots(ids, experts.num_experts, inner)
+        result: Tensor = torch.ops.cuda_ops.combine(_expert_linear(hidden, down, slots, 1), weights.contiguous())
+        return result
+
+    def route(
+        self,
+        logits: Tensor,
+        top_k: int,
+        scoring: Literal["softmax", "softmax_of_chosen", "sigmoid"],
+        normalize: bool,
+        scale: float = 1.0,
+        bias: Tensor | None = None,
+        num_groups: int = 1,
+        top_groups: int = 1,
+    ) -> tuple[Tensor, Tensor]:
+        """As the reference; of equal scores the first. Up to 1,024 experts."""
+        if bias is not None:
+            bias = bias.float()
+        weights, ids = torch.ops.cuda_ops.route(logits, top_k, scoring, normalize, scale, bias, num_groups, top_groups)
+        return weights, ids
 
     def rope(self, q: Tensor, k: Tensor, positions: Tensor, cos_sin: Tensor) -> None:
         """As the reference. Tokens with a position outside the table are left as they are."""
@@ -126,35 +178,11 @@ class OpSet(ops.OpSet):
         A token's bits do not depend on the batch around it, nor on where its prompt was cut; but the one token of a
         decoding sequence is summed in another order than it would be as the last one of a longer piece of prompt.
         """
-        result: Tensor = torch.ops.cuda_ops.paged_attention(
-            _even(q), cache.k, cache.v, *self._batch(batch, q, sinks), softmax_scale, window_size, softcap
-        )
-        return result
-
-    def write_quantized_kv(self, k: Tensor, v: Tensor, cache: QuantizedKVCache, slot_mapping: Tensor) -> None:
-        """As the reference, bit by bit. Tokens with a slot outside the cache are not stored."""
-        torch.ops.cuda_ops.write_quantized_kv(k, v, cache.kv_dtype, *_coded(cache), slot_mapping)
-
-    def quantized_attention(
-        self,
-        q: Tensor,
-        cache: QuantizedKVCache,
-        batch: Batch,
-        softmax_scale: float,
-        window_size: int = 0,
-        softcap: float = 0.0,
-        sinks: Tensor | None = None,
-    ) -> Tensor:
-        """As paged_attention. Where one token is new, codes are exact in the products, and weights times scales are
-        rounded to q's dtype; where more are, keys and values are."""
-        arguments = (*_coded(cache), *self._batch(batch, q, sinks), softmax_scale, window_size, softcap)
-        result: Tensor = torch.ops.cuda_ops.quantized_attention(_even(q), cache.kv_dtype, *arguments)
-        return result
-
-    def _batch(self, batch: Batch, q: Tensor, sinks: Tensor | None) -> tuple[object, ...]:
-        """What the attention kernels are told of a batch."""
         assert batch.block_tables is not None
-        return (
+        result: Tensor = torch.ops.cuda_ops.paged_attention(
+            q if _even(q) else q.clone(memory_format=torch.contiguous_format),
+            cache.k,
+            cache.v,
             batch.cu_seqlens_q,
             batch.seq_lens,
             batch.block_tables,
@@ -162,7 +190,11 @@ class OpSet(ops.OpSet):
             self._counters(q.device),
             batch.max_seqlen_q,
             batch.max_seqlen_k,
+            softmax_scale,
+            window_size,
+            softcap,
         )
+        return result
 
     def _counters(self, device: torch.device) -> Tensor:
         """Zeros that every launch leaves as zeros. Made once: a captured graph keeps their address."""
@@ -171,11 +203,25 @@ class OpSet(ops.OpSet):
         return self._arrived[device]
 
 
-def _even(q: Tensor) -> Tensor:
-    """q, copied unless every head begins where 4 bytes do, as the kernels load it."""
+def _even(q: Tensor) -> bool:
+    """Whether every head begins where 4 bytes do, as the kernels load it."""
     strides = (stride for size, stride in zip(q.shape[:2], q.stride()[:2], strict=True) if size > 1)
-    fits = q.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in strides)
-    return q if fits else q.clone(memory_format=torch.contiguous_format)
+    return q.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in strides)
+
+
+def _expert_linear(x: Tensor, experts: PackedExperts, slots: tuple[Tensor, Tensor], slots_of_row: int) -> Tensor:
+    weight = experts.weight
+    result: Tensor = torch.ops.cuda_ops.expert_linear(
+        _aligned(functional.pad(x, (0, -x.shape[1] % 8))),
+        weight.format,
+        weight.codes,
+        weight.scales,
+        experts.bias,
+        *slots,
+        slots_of_row,
+        experts.out_features,
+    )
+    return result
 
 
 def _aligned(x: Tensor) -> Tensor:
@@ -183,7 +229,3 @@ def _aligned(x: Tensor) -> Tensor:
     if x.data_ptr() % 16 or (x.shape[0] > 1 and x.stride(0) % 8) or x.stride(1) != 1:
         return x.clone(memory_format=torch.contiguous_format)
     return x
-
-
-def _coded(cache: QuantizedKVCache) -> tuple[Tensor, ...]:
-    return cache.k.view(torch.uint8), cache.v.view(torch.uint8), cache.k_scales, cache.v_scales

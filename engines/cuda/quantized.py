@@ -1,4 +1,4 @@
-"""Weights in the order in which the compiled kernels read them (csrc/cuda/product.h)."""
+"""Weights as the compiled kernels read them (csrc/cuda/product.h, linear_fp8.h)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from engines.ops.quantized import GroupedIntWeight, Int8Weight, MXFP4Weight, QuantizedWeight
+from engines.ops.quantized import Float8Weight, GroupedIntWeight, Int8Weight, MXFP4Weight, QuantizedWeight
 
 ROWS, CHUNK_BYTES = 128, 128
 """Output features are padded to a multiple of ROWS, input features to whole chunks: 64 values of 16 bits, 128 of 8."""
@@ -16,16 +16,27 @@ COLUMNS = CHUNK_BYTES // 2
 
 
 @dataclass(frozen=True)
+class Fp8Weight:
+    """8-bit floats as linear_fp8 takes them: as they were stored."""
+
+    codes: Tensor
+    """[out_features, in_features] uint8"""
+    scales: Tensor
+    """[ceil(out_features / 128), in_features / 128] or [out_features] float32"""
+    input_scale: Tensor | None
+
+
+@dataclass(frozen=True)
 class PackedWeight:
     """A weight, or those of several experts, as the ops linear and expert_linear take them."""
 
     format: str
-    """w4 float16, w4 bfloat16 (by the dtype of its scales), mxfp4, int8, dense."""
+    """w4 float16, w4 bfloat16 (by the dtype of its scales), fp8, mxfp4, int8, dense."""
     codes: Tensor
-    """[experts, padded_out / 16, chunks, pieces, 32, 4] int32; pieces: 1 for 4-bit codes, else 4"""
+    """[experts, padded_out / 16, chunks, pieces, 32, 4] int32; pieces: 1 for 4-bit codes, 2 of fp8, else 4"""
     scales: Tensor | None
     """[experts, rows, padded_out]: int32 of w4, scale in the upper half, zero in the lower; uint8 of mxfp4; float32 of
-    int8; None: dense."""
+    fp8 and int8; None: dense."""
     permutation: Tensor | None = None
     """[in_features] int64: the input that column j multiplies."""
     input_scale: Tensor | None = None
@@ -36,12 +47,23 @@ def pack(weight: QuantizedWeight) -> PackedWeight | None:
     """None for a weight that no kernel takes: other bits, sizes, or scales that no 16-bit float holds."""
     if isinstance(weight, GroupedIntWeight):
         return _pack_w4(weight)
+    if isinstance(weight, Float8Weight):
+        return _pack_float8(weight)
     if isinstance(weight, MXFP4Weight):
         return _pack_mxfp4(weight)
     if isinstance(weight, Int8Weight) and weight.shape[1] % 8 == 0:
         scales = functional.pad(weight.scales.float(), (0, -weight.shape[0] % ROWS))
         return PackedWeight("int8", in_lane_order(weight.data)[None], scales[None, None], None, weight.input_scale)
     return None
+
+
+def pack_fp8(weight: Float8Weight) -> Fp8Weight | None:
+    """None for other tiles than of 128 x 128 or of a row, and for sizes that are not copied in whole stages."""
+    columns = weight.shape[1]
+    if columns % 128 or weight.tile not in ((128, 128), (1, columns)):
+        return None
+    scales = weight.scales if weight.tile[0] == 128 else weight.scales[:, 0]
+    return Fp8Weight(weight.data.view(torch.uint8).contiguous(), scales.float().contiguous(), weight.input_scale)
 
 
 def in_lane_order(weight: Tensor) -> Tensor:
@@ -71,6 +93,19 @@ def _pack_w4(weight: GroupedIntWeight) -> PackedWeight | None:
     groups = functional.pad(bits << 16 | weight.zeros.int(), (0, 0, 0, -out_features % ROWS))
     name = f"w4 {str(kind).removeprefix('torch.')}"
     return PackedWeight(name, _nibbles(weight.codes), groups.T.contiguous()[None], weight.permutation)
+
+
+def _pack_float8(weight: Float8Weight) -> PackedWeight | None:
+    rows, columns = weight.shape
+    one = weight.tile[1] >= columns
+    if columns % 8 or not (one or (columns % weight.tile[1] == 0 and weight.tile[1] % COLUMNS == 0)):
+        return None
+    codes = functional.pad(weight.data.view(torch.uint8), (0, -columns % COLUMNS, 0, -rows % ROWS))
+    chunks = codes.shape[1] // COLUMNS
+    square = codes.view(-1, 2, 8, chunks, 2, 2, 2, 4, 2)  # tile, a, g, chunk, piece, quarter, b, t, p
+    words = square.permute(0, 3, 4, 2, 7, 5, 6, 8, 1).contiguous().view(1, -1, chunks, 2, 32, 16).view(torch.int32)
+    scales = functional.pad(weight.by_row().scales.float(), (0, 0, 0, -rows % ROWS))
+    return PackedWeight("fp8", words, scales.T.contiguous()[None])
 
 
 def _pack_mxfp4(weight: MXFP4Weight) -> PackedWeight:

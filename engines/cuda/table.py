@@ -27,8 +27,12 @@ rope kind any
 write_kv dtype float32 bfloat16 float16
 write_kv head_dim any
 act_and_mul dtype float32 bfloat16 float16
-act_and_mul activation silu gelu gelu_tanh relu
-linear weights w4a16 w8a8 mxfp4
+act_and_mul activation silu gelu gelu_tanh relu swiglu_oai
+linear weights w4a16 w8a8 fp8 mxfp4
+route scoring softmax softmax_of_chosen sigmoid
+fused_experts dtype bfloat16 float16
+fused_experts activation silu gelu gelu_tanh relu swiglu_oai
+fused_experts weights w4a16 w8a8 fp8 mxfp4
 softcap dtype float32 bfloat16 float16
 sample dtype float32
 apply_penalties dtype float32
@@ -38,16 +42,6 @@ paged_attention group any
 paged_attention window any
 paged_attention softcap any
 paged_attention sinks any
-write_quantized_kv dtype float32 bfloat16 float16
-write_quantized_kv head_dim any
-write_quantized_kv kv_dtype int8 int4 fp8
-quantized_attention dtype bfloat16 float16
-quantized_attention head_dim 64 80 96 128 256
-quantized_attention kv_dtype int8 int4 fp8
-quantized_attention group any
-quantized_attention window any
-quantized_attention softcap any
-quantized_attention sinks any
 end
 """
 """The table of a library compiled for everything: what a described host is taken to have."""

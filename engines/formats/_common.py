@@ -12,10 +12,10 @@ from engines.api import UnsupportedModelError
 from engines.checkpoint import FLOAT_DTYPES
 from engines.ops.moe import Projection
 from engines.ops.quantized import GroupedIntWeight, QuantizedWeight, Weight, concatenate
-from engines.weights import LinearSource, Weights
+from engines.weights import LinearSource, StoredModule, Weights
 
-ReadPart = Callable[[str, int], QuantizedWeight]
-"""(stored module, output features) -> its weight"""
+ReadPart = Callable[[StoredModule], QuantizedWeight]
+"""The held part of a module's weight"""
 
 
 def read_projection(weights: Weights, source: LinearSource, read_part: ReadPart) -> Projection:
@@ -26,7 +26,7 @@ def read_projection(weights: Weights, source: LinearSource, read_part: ReadPart)
     bias that only the checkpoint knows of is kept: quantizers write zeros where a model has none.
     """
     modules, order = weights.modules(source)
-    parts = [_read(weights, source, name, rows, read_part) for name, rows in modules]
+    parts = [_read(weights, module, read_part) for module in modules]
     weight = concatenate(parts)
     if weight is None:
         dtype = weights.dtype
@@ -38,23 +38,23 @@ def read_projection(weights: Weights, source: LinearSource, read_part: ReadPart)
     return Projection(weight, bias)
 
 
-def _read(weights: Weights, source: LinearSource, name: str, rows: int, read_part: ReadPart) -> Weight:
-    plain = weights.checkpoint.tensors.get(f"{name}.weight")
+def _read(weights: Weights, module: StoredModule, read_part: ReadPart) -> Weight:
+    name = f"{module.name}.weight"
+    plain = weights.checkpoint.tensors.get(name)
     if plain is not None and plain.dtype in FLOAT_DTYPES:
-        return weights.read(f"{name}.weight", (rows, source.in_features), weights.dtype)
-    return read_part(name, rows)
+        return weights.read(name, module.shape, weights.dtype, module.rows.by(), module.columns.by())
+    return read_part(module)
 
 
-def _bias(weights: Weights, source: LinearSource, modules: list[tuple[str, int]]) -> Tensor | None:
-    names = [(f"{name}.bias", rows) for name, rows in modules]
-    if not source.bias and not any(weights.stored(name) for name, _ in names):
+def _bias(weights: Weights, source: LinearSource, modules: list[StoredModule]) -> Tensor | None:
+    if not source.has_bias or not (source.bias or any(weights.stored(f"{m.name}.bias") for m in modules)):
         return None
     return torch.cat(
         [
-            weights.read(name, (rows,), weights.dtype)
-            if source.bias or weights.stored(name)
-            else torch.zeros(rows, dtype=weights.dtype, device=weights.device)
-            for name, rows in names
+            weights.read(f"{m.name}.bias", (len(m.rows),), weights.dtype, m.rows.by())
+            if source.bias or weights.stored(f"{m.name}.bias")
+            else torch.zeros(len(m.rows), dtype=weights.dtype, device=weights.device)
+            for m in modules
         ]
     )
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from engines.formats._common import blank, expect, pack, quantize_groups, read_projection, unpack
 from engines.ops.moe import Projection
 from engines.ops.quantized import GroupedIntWeight
-from engines.weights import LinearSource, Weights
+from engines.weights import LinearSource, StoredModule, Weights
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """The feature, of eight, in each 4-bit field of a word from the lowest."""
@@ -38,13 +38,15 @@ def read(weights: Weights, source: LinearSource) -> Projection:
     size = config.get("group_size", config.get("q_group_size", 128))
     group_size = source.in_features if size == -1 else size
 
-    def part(name: str, rows: int) -> GroupedIntWeight:
-        groups = -(-source.in_features // group_size)
-        codes = weights.read(f"{name}.qweight", (source.in_features, rows // 8), torch.int32)
-        zeros = weights.read(f"{name}.qzeros", (groups, rows // 8), torch.int32)
-        scales = weights.read(f"{name}.scales", (groups, rows), torch.float32)
+    def part(module: StoredModule) -> GroupedIntWeight:
+        (rows, inputs), name = module.shape, module.name
+        groups, by_group = -(-inputs // group_size), module.columns.by(group_size)
+        by_word = module.rows.by(8)
+        codes = weights.read(f"{name}.qweight", (inputs, rows // 8), torch.int32, module.columns.by(), by_word)
+        zeros = weights.read(f"{name}.qzeros", (groups, rows // 8), torch.int32, by_group, by_word)
+        scales = weights.read(f"{name}.scales", (groups, rows), torch.float32, by_group, module.rows.by())
         if scales.is_meta:
-            return blank((rows, source.in_features), 4, group_size)
+            return blank((rows, inputs), 4, group_size)
         return GroupedIntWeight(
             _unpack(codes).T.contiguous(), scales.T.contiguous(), _unpack(zeros).T.to(torch.int16), 4, group_size
         )

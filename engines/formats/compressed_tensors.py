@@ -24,7 +24,7 @@ from engines.formats import fp8, gptq
 from engines.formats._common import blank, expect, pack, quantize_groups, read_projection, unpack
 from engines.ops.moe import Projection
 from engines.ops.quantized import Float8Weight, GroupedIntWeight, Int8Weight, QuantizedWeight
-from engines.weights import LinearSource, Weights
+from engines.weights import LinearSource, StoredModule, Weights
 
 IGNORED = fp8.IGNORED
 METHODS = ("compressed-tensors", "compressed_tensors", "sparseml")
@@ -101,30 +101,30 @@ def read(weights: Weights, source: LinearSource) -> Projection:
     assert config is not None
     said = scheme(config)
 
-    def part(name: str, rows: int) -> QuantizedWeight:
-        shape = (rows, source.in_features)
+    def part(module: StoredModule) -> QuantizedWeight:
         if said.packed:
-            return _packed(weights, name, shape, said)
-        return _float8(weights, name, shape, said) if said.float8 else _int8(weights, name, shape, said)
+            return _packed(weights, module, said)
+        return _float8(weights, module, said) if said.float8 else _int8(weights, module, said)
 
     return read_projection(weights, source, part)
 
 
-def _packed(weights: Weights, name: str, shape: tuple[int, int], said: Scheme) -> GroupedIntWeight:
-    rows, inputs = shape
-    group_size = said.group_size if said.strategy == "group" else inputs
-    groups, bits = -(-inputs // group_size), said.bits
-    words = weights.read(f"{name}.weight_packed", (rows, -(-inputs * bits // 32)), torch.int32)
-    scales = weights.read(f"{name}.weight_scale", (rows, groups), torch.float32)
+def _packed(weights: Weights, module: StoredModule, said: Scheme) -> GroupedIntWeight:
+    (rows, inputs), name, bits = module.shape, module.name, said.bits
+    group_size = said.group_size if said.strategy == "group" else module.columns.total
+    groups, in_word = -(-inputs // group_size), 32 // bits
+    held, by_group = module.rows.by(), module.columns.by(group_size)
+    by_word = (held, module.columns.by(in_word))
+    words = weights.read(f"{name}.weight_packed", (rows, -(-inputs // in_word)), torch.int32, *by_word)
+    scales = weights.read(f"{name}.weight_scale", (rows, groups), torch.float32, held, by_group)
     weights.read(f"{name}.weight_shape", (2,), torch.int64)
-    packed = order = None
+    packed = None
     if not said.symmetric:
-        packed = weights.read(f"{name}.weight_zero_point", (-(-rows * bits // 32), groups), torch.int32)
-    if weights.stored(f"{name}.weight_g_idx"):
-        g_idx = weights.read(f"{name}.weight_g_idx", (inputs,), torch.int32)
-        order = gptq.column_order(name, g_idx, group_size)
+        by_word = (module.rows.by(in_word), by_group)
+        packed = weights.read(f"{name}.weight_zero_point", (-(-rows // in_word), groups), torch.int32, *by_word)
+    order = gptq.read_order(weights, f"{name}.weight_g_idx", module.columns, group_size)
     if scales.is_meta:
-        return blank(shape, bits, group_size)
+        return blank((rows, inputs), bits, group_size)
     codes = unpack(words, bits)[:, :inputs]
     if packed is None:
         zeros = torch.full((rows, groups), 2 ** (bits - 1), dtype=torch.int16, device=scales.device)
@@ -135,24 +135,25 @@ def _packed(weights: Weights, name: str, shape: tuple[int, int], said: Scheme) -
     return GroupedIntWeight(codes.contiguous(), scales, zeros, bits, group_size, order)
 
 
-def _int8(weights: Weights, name: str, shape: tuple[int, int], said: Scheme) -> Int8Weight | GroupedIntWeight:
-    rows, inputs = shape
-    data = weights.read(f"{name}.weight", shape, torch.int8)
+def _int8(weights: Weights, module: StoredModule, said: Scheme) -> Int8Weight | GroupedIntWeight:
+    (rows, inputs), name, held = module.shape, module.name, module.rows.by()
+    data = weights.read(f"{name}.weight", module.shape, torch.int8, held, module.columns.by())
     if said.inputs != "none":
-        scales = weights.read(f"{name}.weight_scale", (rows, 1), torch.float32).flatten()
+        scales = weights.read(f"{name}.weight_scale", (rows, 1), torch.float32, held).flatten()
         return Int8Weight(data, scales, _input_scale(weights, name, said))
-    group_size = said.group_size if said.strategy == "group" else inputs
-    scales = weights.read(f"{name}.weight_scale", (rows, -(-inputs // group_size)), torch.float32)
+    group_size = said.group_size if said.strategy == "group" else module.columns.total
+    here = (held, module.columns.by(group_size))
+    scales = weights.read(f"{name}.weight_scale", (rows, -(-inputs // group_size)), torch.float32, *here)
     if scales.is_meta:
-        return blank(shape, 8, group_size)
+        return blank(module.shape, 8, group_size)
     codes = (data.to(torch.int16) + 128).to(torch.uint8)
     return GroupedIntWeight(codes, scales, torch.full_like(scales, 128, dtype=torch.int16), 8, group_size)
 
 
-def _float8(weights: Weights, name: str, shape: tuple[int, int], said: Scheme) -> Float8Weight:
-    tile = {"tensor": None, "channel": (1, shape[1]), "block": said.block}[said.strategy]
-    static = f"{name}.input_scale" if said.inputs == "static" else None
-    return fp8.read_float8(weights, name, shape, f"{name}.weight_scale", tile, static)
+def _float8(weights: Weights, module: StoredModule, said: Scheme) -> Float8Weight:
+    tile = {"tensor": None, "channel": (1, module.columns.total), "block": said.block}[said.strategy]
+    static = f"{module.name}.input_scale" if said.inputs == "static" else None
+    return fp8.read_float8(weights, module, f"{module.name}.weight_scale", tile, static)
 
 
 def _input_scale(weights: Weights, name: str, said: Scheme) -> Tensor | None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from engines.formats._common import expect, read_projection
 from engines.ops.moe import Projection
 from engines.ops.quantized import Float8Weight
-from engines.weights import LinearSource, Weights
+from engines.weights import LinearSource, StoredModule, Weights
 
 IGNORED = (r".*\.(k|v|kv)_scale",)
 """Scales for a KV cache in 8 bits; the cache here has its own for each token."""
@@ -39,14 +39,14 @@ def read(weights: Weights, source: LinearSource) -> Projection:
     scheme = expect(config, "activation_scheme", config.get("activation_scheme", "dynamic"), ("dynamic", "static"))
     block = config.get("weight_block_size")
 
-    def part(name: str, rows: int) -> Float8Weight:
+    def part(module: StoredModule) -> Float8Weight:
+        name = module.name
         suffix = "weight_scale" if weights.stored(f"{name}.weight_scale") else "weight_scale_inv"
         inputs = ("input_scale", "activation_scale")
         calibrated = next((f"{name}.{end}" for end in inputs if weights.stored(f"{name}.{end}")), f"{name}.input_scale")
         return read_float8(
             weights,
-            name,
-            (rows, source.in_features),
+            module,
             f"{name}.{suffix}",
             tuple(block) if block else None,
             calibrated if scheme == "static" else None,
@@ -57,21 +57,22 @@ def read(weights: Weights, source: LinearSource) -> Projection:
 
 def read_float8(
     weights: Weights,
-    name: str,
-    shape: tuple[int, int],
+    module: StoredModule,
     scale: str,
     tile: tuple[int, int] | None,
     input_scale: str | None,
 ) -> Float8Weight:
     """scale, input_scale: stored names. tile None: one scale for all."""
-    data = weights.read(f"{name}.weight", shape, torch.float8_e4m3fn)
+    shape, rows, columns = module.shape, module.rows, module.columns
+    data = weights.read(f"{module.name}.weight", shape, torch.float8_e4m3fn, rows.by(), columns.by())
     static = None if input_scale is None else read_number(weights, input_scale)
     if tile is None:
         scales = read_number(weights, scale).expand(shape[0], 1).contiguous()
         return Float8Weight(data, scales, (1, shape[1]), static)
+    held = rows.by(tile[0]), columns.by(tile[1])
     tile = (min(tile[0], shape[0]), min(tile[1], shape[1]))
     grid = (-(-shape[0] // tile[0]), -(-shape[1] // tile[1]))
-    return Float8Weight(data, weights.read(scale, grid, torch.float32), tile, static)
+    return Float8Weight(data, weights.read(scale, grid, torch.float32, *held), tile, static)
 
 
 def read_number(weights: Weights, name: str) -> Tensor:

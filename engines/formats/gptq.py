@@ -22,7 +22,7 @@ from engines.api import UnsupportedModelError
 from engines.formats._common import blank, expect, pack, quantize_groups, read_projection, unpack
 from engines.ops.moe import Projection
 from engines.ops.quantized import GroupedIntWeight
-from engines.weights import LinearSource, Weights
+from engines.weights import Cut, LinearSource, StoredModule, Weights
 
 
 def detect(quantization: dict[str, Any] | None) -> bool:
@@ -37,16 +37,17 @@ def read(weights: Weights, source: LinearSource) -> Projection:
     kind = expect(config, "checkpoint_format", config.get("checkpoint_format", "gptq"), ("gptq", "gptq_v2"))
     size = config.get("group_size", 128)
     group_size = source.in_features if size == -1 else size
-    inputs = source.in_features
+    in_word = 32 // bits
 
-    def part(name: str, rows: int) -> GroupedIntWeight:
-        groups = -(-inputs // group_size)
-        packed = weights.read(f"{name}.qweight", (inputs * bits // 32, rows), torch.int32)
-        packed_zeros = weights.read(f"{name}.qzeros", (groups, rows * bits // 32), torch.int32)
-        scales = weights.read(f"{name}.scales", (groups, rows), torch.float32)
-        order = None
-        if weights.stored(f"{name}.g_idx"):
-            order = column_order(name, weights.read(f"{name}.g_idx", (inputs,), torch.int32), group_size)
+    def part(module: StoredModule) -> GroupedIntWeight:
+        (rows, inputs), name = module.shape, module.name
+        groups, by_group = -(-inputs // group_size), module.columns.by(group_size)
+        here = (module.columns.by(in_word), module.rows.by())
+        packed = weights.read(f"{name}.qweight", (inputs // in_word, rows), torch.int32, *here)
+        zeros_here = (by_group, module.rows.by(in_word))
+        packed_zeros = weights.read(f"{name}.qzeros", (groups, rows // in_word), torch.int32, *zeros_here)
+        scales = weights.read(f"{name}.scales", (groups, rows), torch.float32, by_group, module.rows.by())
+        order = read_order(weights, f"{name}.g_idx", module.columns, group_size)
         if scales.is_meta:
             return blank((rows, inputs), bits, group_size)
         stored_less = 1 if kind == "gptq" else 0
@@ -57,6 +58,26 @@ def read(weights: Weights, source: LinearSource) -> Projection:
         return GroupedIntWeight(codes, scales.T.contiguous(), zeros, bits, group_size, order)
 
     return read_projection(weights, source, part)
+
+
+def read_order(weights: Weights, name: str, columns: Cut, group_size: int) -> Tensor | None:
+    """The columns in the order of their groups; None where they are in order, or the checkpoint does not say.
+
+    name: stored, of each input's group. Raises UnsupportedModelError as `column_order`, and for inputs that are cut and
+    not in order.
+    """
+    if not weights.stored(name):
+        return None
+    g_idx = weights.read(name, (len(columns),), torch.int32, columns.by())
+    if len(columns) == columns.total or g_idx.is_meta:
+        return column_order(name, g_idx, group_size)
+    inputs = torch.arange(columns.held[0].start, columns.held[0].stop, dtype=torch.int32, device=g_idx.device)
+    if not torch.equal(g_idx, inputs // group_size):
+        raise UnsupportedModelError(
+            f"{name}: inputs are grouped in an order of their own (desc_act), which cannot be cut; expected one rank, "
+            "or a checkpoint without it; use parallelism.dp"
+        )
+    return None
 
 
 def column_order(name: str, g_idx: Tensor, group_size: int) -> Tensor | None:
@@ -72,7 +93,7 @@ def column_order(name: str, g_idx: Tensor, group_size: int) -> Tensor | None:
     order = g_idx.argsort(stable=True)
     if not torch.equal(g_idx[order], in_order):
         raise UnsupportedModelError(
-            f"{name}.g_idx: has groups that are not of {group_size} inputs each; expected equal groups; "
+            f"{name}: has groups that are not of {group_size} inputs each; expected equal groups; "
             "use a checkpoint of another quantizer"
         )
     return order

@@ -17,7 +17,7 @@ from torch import Tensor
 from engines.formats import dense
 from engines.ops.moe import Projection
 from engines.ops.quantized import Int8Weight
-from engines.weights import LinearSource, Weights
+from engines.weights import Cut, LinearSource, Weights
 
 PLAIN = ("lm_head", "score", "classifier", "pooler", "gate", "router", "kv_b_proj")
 """Ends of the names of projections that stay as they are."""
@@ -34,11 +34,9 @@ def read(weights: Weights, source: LinearSource) -> Projection:
     return read if plain else _quantized(read)
 
 
-def read_stacked(
-    weights: Weights, name: str, num_experts: int, out_features: int, in_features: int
-) -> list[Projection]:
+def read_stacked(weights: Weights, name: str, experts: Cut, rows: Cut, columns: Cut) -> list[Projection]:
     """As dense.read_stacked."""
-    return [_quantized(read) for read in dense.read_stacked(weights, name, num_experts, out_features, in_features)]
+    return [_quantized(read) for read in dense.read_stacked(weights, name, experts, rows, columns)]
 
 
 def quantize(weight: Tensor) -> Int8Weight:

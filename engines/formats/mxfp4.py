@@ -17,7 +17,7 @@ from torch import Tensor
 from engines.formats import dense
 from engines.ops.moe import Projection
 from engines.ops.quantized import E2M1, MXFP4Weight
-from engines.weights import LinearSource, Weights
+from engines.weights import Cut, LinearSource, Weights
 
 
 def detect(quantization: dict[str, Any] | None) -> bool:
@@ -29,15 +29,14 @@ def read(weights: Weights, source: LinearSource) -> Projection:
     return dense.read(weights, source)
 
 
-def read_stacked(
-    weights: Weights, name: str, num_experts: int, out_features: int, in_features: int
-) -> list[Projection]:
-    """One projection of every expert, from tensors that hold them all."""
+def read_stacked(weights: Weights, name: str, experts: Cut, rows: Cut, columns: Cut) -> list[Projection]:
+    """As dense.read_stacked."""
     stored = weights.stored_name(name)
-    groups = in_features // 32
-    blocks = weights.read(f"{stored}_blocks", (num_experts, out_features, groups, 16), torch.uint8)
-    exponents = weights.read(f"{stored}_scales", (num_experts, out_features, groups), torch.uint8)
-    biases = weights.take(f"{name}_bias", num_experts, out_features)
+    shape = (len(experts), len(rows), len(columns) // 32)
+    held = (experts.by(), rows.by(), columns.by(32))
+    blocks = weights.read(f"{stored}_blocks", (*shape, 16), torch.uint8, *held)
+    exponents = weights.read(f"{stored}_scales", shape, torch.uint8, *held)
+    biases = dense.read_biases(weights, name, experts, rows, columns)
     return [
         Projection(MXFP4Weight(codes.flatten(1), powers), bias)
         for codes, powers, bias in zip(blocks, exponents, biases, strict=True)

@@ -11,26 +11,30 @@ from engines.layers.rotary import Rotation
 from engines.models.spec import DecoderSpec, EncoderSpec
 from engines.ops import OpSet
 from engines.ops.kv_cache import KVCache, QuantizedKVCache
+from engines.parallel.place import scaled
 from engines.weights import LinearSource, Weights
 
 
 class Attention:
-    """Causal self-attention with grouped KV heads over the paged cache."""
+    """Causal self-attention with grouped KV heads over the paged cache. A rank has some of the heads."""
 
     def __init__(self, name: str, layer: int, spec: DecoderSpec, weights: Weights, fmt: Format, ops: OpSet) -> None:
-        self.ops = ops
+        self.ops, self.group = ops, weights.group
         self.head_dim = spec.head_dim
-        self.num_heads, self.num_kv_heads = spec.num_attention_heads, spec.num_key_value_heads
+        heads = self.group.place.split(spec.num_attention_heads)
+        kv_heads = self.group.place.kv_heads(spec.num_key_value_heads)
         self.softmax_scale = spec.head_dim**-0.5 if spec.softmax_scale is None else spec.softmax_scale
         self.window = spec.window(layer)
         self.softcap = spec.attn_softcap
-        self.sinks = weights.take(f"{name}.sinks", spec.num_attention_heads) if spec.attn_sinks else None
-        sizes = tuple(n * spec.head_dim for n in (self.num_heads, self.num_kv_heads, self.num_kv_heads))
+        self.sinks = weights.take(f"{name}.sinks", spec.num_attention_heads, rows=heads) if spec.attn_sinks else None
+        counts = (spec.num_attention_heads, spec.num_key_value_heads, spec.num_key_value_heads)
+        sizes = tuple(n * spec.head_dim for n in counts)
+        rows = tuple(scaled(held, spec.head_dim) for held in (heads, kv_heads, kv_heads))
         names = (f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj")
-        qkv = LinearSource(names, spec.hidden_size, sizes, spec.qkv_bias, groups=spec.num_key_value_heads)
-        self.sizes = list(sizes)
+        qkv = LinearSource(names, spec.hidden_size, sizes, spec.qkv_bias, groups=spec.num_key_value_heads, rows=rows)
+        self.sizes = [len(held) for held in rows]
         self.qkv_proj = Linear(qkv, weights, fmt, ops, adapts=True)
-        out = LinearSource((f"{name}.o_proj",), sizes[0], (spec.hidden_size,), spec.o_bias)
+        out = LinearSource((f"{name}.o_proj",), sizes[0], (spec.hidden_size,), spec.o_bias, columns=rows[0])
         self.o_proj = Linear(out, weights, fmt, ops, adapts=True)
         self.norms = [
             RMSNorm(f"{name}.{which}", spec.head_dim, spec.rms_norm_eps, spec.norm_weight_offset, weights, ops)
@@ -52,7 +56,7 @@ class Attention:
         else:
             self.ops.write_kv(k, v, cache, batch.slot_mapping)
             out = self.ops.paged_attention(q, cache, batch, *options)
-        return self.o_proj.forward(out.flatten(1), batch.adapter_ids)
+        return self.group.sum(self.o_proj.forward(out.flatten(1), batch.adapter_ids))
 
 
 class EncoderAttention:

@@ -14,20 +14,26 @@ from engines.weights import LinearSource, Weights
 
 
 class TokenEmbedding:
-    """Rows of the token table, scaled where the model says so."""
+    """Rows of the token table, scaled where the model says so. A rank has some of the rows."""
 
     def __init__(self, spec: DecoderSpec, weights: Weights, ops: OpSet) -> None:
-        self.ops = ops
-        self.weight = weights.take("embed_tokens.weight", spec.vocab_size, spec.hidden_size)
+        self.ops, self.group = ops, weights.group
+        self.rows = self.group.place.split(spec.vocab_size)
+        self.weight = weights.take("embed_tokens.weight", spec.vocab_size, spec.hidden_size, rows=self.rows)
         self.scale = float(torch.tensor(spec.embedding_scale, dtype=weights.dtype))
 
     def forward(self, token_ids: Tensor) -> Tensor:
-        x = self.ops.embedding(token_ids, self.weight)
+        if self.group.place.tp == 1:
+            x = self.ops.embedding(token_ids, self.weight)
+        else:
+            here = (token_ids >= self.rows.start) & (token_ids < self.rows.stop)
+            x = self.ops.embedding((token_ids - self.rows.start) * here, self.weight)
+            x = self.group.sum(x.masked_fill_(~here[:, None], 0))
         return x if self.scale == 1.0 else x * self.scale
 
 
 class TiedHead:
-    """The token table as a projection: for a model whose checkpoint has no head of its own."""
+    """The token table, or a rank's rows of it, as a projection: for a model whose checkpoint has no head of its own."""
 
     def __init__(self, table: Tensor, ops: OpSet) -> None:
         self.ops = ops
@@ -38,11 +44,14 @@ class TiedHead:
 
 
 def make_head(spec: DecoderSpec, table: Tensor, weights: Weights, fmt: Format, ops: OpSet) -> TiedHead | Linear:
-    """The language-model head. A tied model whose checkpoint brings a head nevertheless gets that one, as transformers
-    does when the two differ."""
+    """The language-model head: logits of the tokens whose rows this rank has.
+
+    A tied model whose checkpoint brings a head nevertheless gets that one, as transformers does when the two differ.
+    """
     if spec.tie_word_embeddings and not weights.has("lm_head.weight"):
         return TiedHead(table, ops)
-    return Linear(LinearSource(("lm_head",), spec.hidden_size, (spec.vocab_size,)), weights, fmt, ops)
+    held = weights.group.place.split(spec.vocab_size)
+    return Linear(LinearSource(("lm_head",), spec.hidden_size, (spec.vocab_size,), rows=(held,)), weights, fmt, ops)
 
 
 class EncoderEmbedding:

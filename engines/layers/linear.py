@@ -51,6 +51,10 @@ class Linear:
         if self.adapters is not None and rows is not None:
             self.adapters = self.adapters[0], self.adapters[1][:, rows]
 
+    def adapted(self, adapter_ids: Tensor | None) -> bool:
+        """Whether adapters change the result for tokens with these adapters."""
+        return self.adapters is not None and adapter_ids is not None
+
     def forward(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
         """adapter_ids: as Batch has them, for the tokens in x."""
         y = self.ops.linear(x, self.weight)

@@ -7,6 +7,8 @@ heads shared one key of kv_lora_rank + qk_rope_head_dim numbers whose first kv_l
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,7 @@ from engines.layers.rotary import Rotation
 from engines.models.spec import DecoderSpec, MLASpec
 from engines.ops import OpSet
 from engines.ops.kv_cache import LatentCache
+from engines.parallel.place import scaled
 from engines.weights import LinearSource, Weights
 
 NORM_EPS = 1e-6
@@ -27,8 +30,9 @@ class LatentAttention:
     """Causal self-attention over a paged cache of latents."""
 
     def __init__(self, name: str, spec: DecoderSpec, mla: MLASpec, weights: Weights, fmt: Format, ops: OpSet) -> None:
-        self.ops, self.mla = ops, mla
-        self.num_heads = spec.num_attention_heads
+        self.ops, self.mla, self.group = ops, mla, weights.group
+        all_heads, heads = spec.num_attention_heads, self.group.place.split(spec.num_attention_heads)
+        self.num_heads = len(heads)
         self.q_dim = mla.qk_nope_head_dim + mla.qk_rope_head_dim
         self.softmax_scale = self.q_dim**-0.5 if spec.softmax_scale is None else spec.softmax_scale
         hidden, bias, cached = spec.hidden_size, spec.qkv_bias, mla.kv_lora_rank + mla.qk_rope_head_dim
@@ -41,13 +45,15 @@ class LatentAttention:
         self.q_a_layernorm = None
         if mla.q_lora_rank:
             self.q_a_layernorm = RMSNorm(f"{name}.q_a_layernorm", mla.q_lora_rank, NORM_EPS, 0.0, weights, ops)
-            up = LinearSource((f"{name}.q_b_proj",), mla.q_lora_rank, (self.num_heads * self.q_dim,))
+            up = LinearSource((f"{name}.q_b_proj",), mla.q_lora_rank, (all_heads * self.q_dim,))
         else:
-            up = LinearSource((f"{name}.q_proj",), hidden, (self.num_heads * self.q_dim,))
+            up = LinearSource((f"{name}.q_proj",), hidden, (all_heads * self.q_dim,))
+        up = replace(up, rows=(scaled(heads, self.q_dim),))
         self.q_proj = Linear(up, weights, fmt, ops, of_heads, adapts=True)
         self.kv_a_layernorm = RMSNorm(f"{name}.kv_a_layernorm", mla.kv_lora_rank, NORM_EPS, 0.0, weights, ops)
-        self.key_up, self.value_up = self._absorbed(name, weights, fmt)
-        out = LinearSource((f"{name}.o_proj",), self.num_heads * mla.v_head_dim, (hidden,), spec.o_bias)
+        self.key_up, self.value_up = self._absorbed(name, all_heads, heads, weights, fmt)
+        columns = scaled(heads, mla.v_head_dim)
+        out = LinearSource((f"{name}.o_proj",), all_heads * mla.v_head_dim, (hidden,), spec.o_bias, columns=columns)
         self.o_proj = Linear(out, weights, fmt, ops, adapts=True)
 
     def _half_split(self, num_heads: int, before: int) -> Tensor | None:
@@ -59,11 +65,11 @@ class LatentAttention:
         head = torch.cat((torch.arange(before), before + pairs))
         return (torch.arange(num_heads)[:, None] * (before + size) + head).flatten()
 
-    def _absorbed(self, name: str, weights: Weights, fmt: Format) -> tuple[Tensor, Tensor]:
-        """([num_heads, nope, rank], [num_heads, rank, v]) of kv_b_proj, in the compute dtype whatever the format."""
-        mla, heads = self.mla, self.num_heads
-        rows = heads * (mla.qk_nope_head_dim + mla.v_head_dim)
-        read = fmt.read(weights, LinearSource((f"{name}.kv_b_proj",), mla.kv_lora_rank, (rows,)))
+    def _absorbed(self, name: str, all_heads: int, held: range, weights: Weights, fmt: Format) -> tuple[Tensor, Tensor]:
+        """([heads, nope, rank], [heads, rank, v]) of kv_b_proj, in the compute dtype whatever the format."""
+        mla, heads, size = self.mla, len(held), self.mla.qk_nope_head_dim + self.mla.v_head_dim
+        source = LinearSource((f"{name}.kv_b_proj",), mla.kv_lora_rank, (all_heads * size,), rows=(scaled(held, size),))
+        read = fmt.read(weights, source)
         dense = read.weight if isinstance(read.weight, Tensor) else read.weight.dequantize(weights.dtype)
         by_head = dense.view(heads, -1, mla.kv_lora_rank)
         keys, values = by_head.split([mla.qk_nope_head_dim, mla.v_head_dim], dim=1)
@@ -85,4 +91,5 @@ class LatentAttention:
         self.ops.write_latent(torch.cat((latent, k_rope), dim=1), cache, batch.slot_mapping)
         absorbed = torch.cat((self.ops.head_linear(q_nope, self.key_up), q_rope), dim=2)
         out = self.ops.latent_attention(absorbed, cache, batch, self.softmax_scale)
-        return self.o_proj.forward(self.ops.head_linear(out, self.value_up).flatten(1), batch.adapter_ids)
+        out = self.ops.head_linear(out, self.value_up).flatten(1)
+        return self.group.sum(self.o_proj.forward(out, batch.adapter_ids))

@@ -11,20 +11,31 @@ from engines.weights import LinearSource, Weights
 
 
 class GatedMLP:
-    """down_proj(act(gate_proj(x)) * up_proj(x)), with gate and up as one product (arXiv 2002.05202)."""
+    """down_proj(act(gate_proj(x)) * up_proj(x)), with gate and up as one product (arXiv 2002.05202).
+
+    A rank has some of the intermediate features.
+    """
 
     def __init__(self, name: str, inner: int, spec: DecoderSpec, weights: Weights, fmt: Format, ops: OpSet) -> None:
         """inner: the intermediate size."""
-        self.ops = ops
+        self.ops, self.group = ops, weights.group
         self.act = spec.hidden_act
-        outer, bias = spec.hidden_size, spec.mlp_bias
-        gate_up = LinearSource((f"{name}.gate_proj", f"{name}.up_proj"), outer, (inner, inner), bias)
+        outer, bias, held = spec.hidden_size, spec.mlp_bias, weights.group.place.split(inner)
+        names = (f"{name}.gate_proj", f"{name}.up_proj")
+        gate_up = LinearSource(names, outer, (inner, inner), bias, rows=(held, held))
         self.gate_up_proj = Linear(gate_up, weights, fmt, ops, adapts=True)
-        down = LinearSource((f"{name}.down_proj",), inner, (outer,), bias)
+        down = LinearSource((f"{name}.down_proj",), inner, (outer,), bias, columns=held)
         self.down_proj = Linear(down, weights, fmt, ops, adapts=True)
 
     def forward(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
         """adapter_ids: as Batch has them, for the tokens in x."""
+        return self.group.sum(self.summand(x, adapter_ids))
+
+    def summand(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
+        """What this rank adds to the result."""
+        up, down = self.gate_up_proj, self.down_proj
+        if not (up.adapted(adapter_ids) or down.adapted(adapter_ids)):
+            return self.ops.mlp(x, up.weight, down.weight, self.act, gated=True)
         inner = self.ops.act_and_mul(self.gate_up_proj.forward(x, adapter_ids), self.act)
         return self.down_proj.forward(inner, adapter_ids)
 
@@ -41,4 +52,4 @@ class MLP:
         self.output = Linear(LinearSource((f"{name}.output.dense",), inner, (outer,), bias=True), weights, fmt, ops)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.output.forward(self.ops.act(self.intermediate.forward(x), self.act))
+        return self.ops.mlp(x, self.intermediate.weight, self.output.weight, self.act, gated=False)

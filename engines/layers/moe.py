@@ -12,14 +12,19 @@ from engines.models.spec import DecoderSpec, MoESpec
 from engines.ops import OpSet
 from engines.ops.linear import LinearWeight
 from engines.ops.moe import Experts, Projection
-from engines.weights import LinearSource, Weights
+from engines.parallel.place import scaled
+from engines.weights import Cut, LinearSource, Weights, whole
 
 
 class MixtureOfExperts:
-    """The sum of a token's experts, by the weights that the router gives them, and of the shared expert's output."""
+    """The sum of a token's experts, by the weights that the router gives them, and of the shared expert's output.
+
+    A rank has some of the experts, or some of the intermediate features of some.
+    """
 
     def __init__(self, name: str, spec: DecoderSpec, moe: MoESpec, weights: Weights, fmt: Format, ops: OpSet) -> None:
-        self.ops, self.moe = ops, moe
+        self.ops, self.moe, self.group = ops, moe, weights.group
+        self.held = self.group.place.experts(moe.num_experts)
         self.act = spec.hidden_act
         self.gate = _Router(f"{name}.gate", spec, moe, weights, ops)
         if moe.stacked:
@@ -39,14 +44,29 @@ class MixtureOfExperts:
     def forward(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
         """x: [num_tokens, hidden_size]; returns the same shape. adapter_ids: as Batch has them, for the tokens in x;
         only the shared expert takes adapters."""
-        weights, ids = self.gate.forward(x)
-        out = self.ops.fused_experts(x, self.experts, weights, ids, self.act)
+        out = self._of_experts(x)
         if self.shared_expert is None:
-            return out
-        shared = self.shared_expert.forward(x, adapter_ids)
+            return self.group.sum(out)
+        shared = self.shared_expert.summand(x, adapter_ids)
         if self.shared_gate is not None:
             shared = torch.sigmoid(self.shared_gate.forward(x)) * shared
-        return out + shared
+        return self.group.sum(out + shared)
+
+    def _of_experts(self, x: Tensor) -> Tensor:
+        """What the experts that are held here add."""
+        weights, ids = self.gate.forward(x)
+        if len(self.held) == self.moe.num_experts:
+            return self.ops.fused_experts(x, self.experts, weights, ids, self.act)
+        # Each pair of a token and a held expert as a token with one expert; weighted and summed as the op does it.
+        here = (ids >= self.held.start) & (ids < self.held.stop)
+        pairs = here.flatten().nonzero().flatten()
+        chosen = ids.flatten()[pairs, None] - self.held.start
+        outputs = x.new_zeros(ids.numel(), x.shape[1])
+        if len(pairs):
+            ones = torch.ones_like(chosen, dtype=weights.dtype)
+            outputs[pairs] = self.ops.fused_experts(x[pairs // ids.shape[1]], self.experts, ones, chosen, self.act)
+        wide = outputs.view(*ids.shape, -1).to(torch.promote_types(x.dtype, torch.float32))
+        return (wide * weights.to(wide.dtype)[..., None]).sum(1).to(x.dtype)
 
 
 class _Router:
@@ -80,13 +100,14 @@ class _Router:
 
 def _separate(name: str, spec: DecoderSpec, moe: MoESpec, weights: Weights, fmt: Format, ops: OpSet) -> Experts:
     """Experts that are modules of their own, as MLPs are."""
-    outer, inner = spec.hidden_size, moe.moe_intermediate_size
+    outer, inner, place = spec.hidden_size, moe.moe_intermediate_size, weights.group.place
+    held = place.expert_features(inner)
     gate_up, down = [], []
-    for expert in range(moe.num_experts):
+    for expert in place.experts(moe.num_experts):
         prefix = f"{name}.{expert}"
-        both = LinearSource((f"{prefix}.gate_proj", f"{prefix}.up_proj"), outer, (inner, inner))
-        gate_up.append(fmt.read(weights, both))
-        down.append(fmt.read(weights, LinearSource((f"{prefix}.down_proj",), inner, (outer,))))
+        names = (f"{prefix}.gate_proj", f"{prefix}.up_proj")
+        gate_up.append(fmt.read(weights, LinearSource(names, outer, (inner, inner), rows=(held, held))))
+        down.append(fmt.read(weights, LinearSource((f"{prefix}.down_proj",), inner, (outer,), columns=held)))
     return ops.prepare_experts(gate_up, down, weights.dtype)
 
 
@@ -98,8 +119,11 @@ def _stacked(name: str, spec: DecoderSpec, moe: MoESpec, weights: Weights, fmt: 
             f"{weights.checkpoint.path}: the experts of {weights.checkpoint.architecture} lie in one tensor, quantized "
             "in a format that is not known for such; expected mxfp4 or plain weights; use one of these checkpoints"
         )
-    count, outer, inner = moe.num_experts, spec.hidden_size, moe.moe_intermediate_size
-    gate_first = torch.cat((torch.arange(0, 2 * inner, 2), torch.arange(1, 2 * inner, 2))).to(weights.device)
-    gate_up: list[Projection] = read_stacked(weights, f"{name}.gate_up_proj", count, 2 * inner, outer)
-    down = read_stacked(weights, f"{name}.down_proj", count, outer, inner)
+    place, outer, inner = weights.group.place, spec.hidden_size, moe.moe_intermediate_size
+    held = place.expert_features(inner)
+    experts = Cut(moe.num_experts, (place.experts(moe.num_experts),))
+    rows, columns, size = Cut(2 * inner, (scaled(held, 2),)), Cut(inner, (held,)), 2 * len(held)
+    gate_first = torch.cat((torch.arange(0, size, 2), torch.arange(1, size, 2))).to(weights.device)
+    gate_up: list[Projection] = read_stacked(weights, f"{name}.gate_up_proj", experts, rows, whole(outer))
+    down = read_stacked(weights, f"{name}.down_proj", experts, whole(outer), columns)
     return ops.prepare_experts([select_rows(read, gate_first) for read in gate_up], down, weights.dtype)

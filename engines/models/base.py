@@ -54,3 +54,6 @@ class Model(Protocol):
 
     def release(self, seq_id: int) -> None:
         """The sequence has ended or was preempted: forget its state, if any is kept here."""
+
+    def close(self) -> None:
+        """No call follows: let go of what is held outside of this process."""

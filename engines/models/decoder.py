@@ -83,12 +83,13 @@ class Decoder:
         self, spec: DecoderSpec, head: Head, max_model_len: int, weights: Weights, fmt: Format, ops: OpSet
     ) -> None:
         self.spec: ModelSpec | None = spec
-        self.ops = ops
+        self.ops, self.group = ops, weights.group
         self.adapters = weights.adapters.names if weights.adapters else ()
         self.vocab_size, self.hidden_size = spec.vocab_size, spec.hidden_size
         self.max_model_len = max_model_len
         self.num_cache_layers = spec.num_hidden_layers
-        self.num_kv_heads, self.head_dim = spec.num_key_value_heads, spec.head_dim
+        self.num_kv_heads = len(self.group.place.kv_heads(spec.num_key_value_heads))
+        self.head_dim = spec.head_dim
         self.latent_rank = spec.mla.kv_lora_rank if spec.mla else 0
         self.logit_softcap = spec.logit_softcap
 
@@ -121,7 +122,7 @@ class Decoder:
 
     def logits(self, hidden: Tensor) -> Tensor:
         assert self.head is not None, "built without a language-model head"
-        logits = self.head.forward(hidden)
+        logits = self.group.join_columns(self.head.forward(hidden), self.vocab_size)
         if self.logit_softcap:
             logits = self.ops.softcap(logits, self.logit_softcap)
         return logits
@@ -133,6 +134,9 @@ class Decoder:
     def context_key(self, num_prompt_tokens: int, num_tokens: int) -> int:
         key = self.rope.context_key(num_prompt_tokens, num_tokens)
         return key or self.rope_local.context_key(num_prompt_tokens, num_tokens)
+
+    def close(self) -> None:
+        """Nothing: all is in this process."""
 
     def release(self, seq_id: int) -> None:
         """Nothing: all state is in the caches."""

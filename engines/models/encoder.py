@@ -81,5 +81,8 @@ class Encoder:
     def context_key(self, num_prompt_tokens: int, num_tokens: int) -> int:
         return 0
 
+    def close(self) -> None:
+        """Nothing: all is in this process."""
+
     def release(self, seq_id: int) -> None:
         """Nothing: no state is kept."""

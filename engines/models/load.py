@@ -10,6 +10,7 @@ from torch import Tensor
 from engines import discover
 from engines.adapters import Adapters
 from engines.api import EngineSettings, Kind, UnsupportedModelError
+from engines.capability import quantization_attributes
 from engines.checkpoint import Checkpoint, open_checkpoint
 from engines.models.base import Model
 from engines.models.decoder import Decoder, Head
@@ -18,6 +19,8 @@ from engines.models.spec import DecoderSpec, EncoderSpec, ModelSpec
 from engines.ops import OpSet
 from engines.ops.linear import LinearWeight
 from engines.ops.quantized import QuantizedWeight
+from engines.parallel.group import ALONE, Group
+from engines.parallel.place import in_the_way
 from engines.weights import DTYPES, Weights, build
 
 HEAD_OF_KIND: dict[Kind, Head] = {"generate": "logits", "score": "logits", "classify": "labels", "embed": "none"}
@@ -25,8 +28,8 @@ HEADS = (r"lm_head\..*", r"score\..*", r"output\..*", r"classifier\..*", r"(.*\.
 """Tensors of heads, ignored where the job needs hidden states only."""
 
 
-def load_model(settings: EngineSettings, ops: OpSet) -> Model:
-    """The model of settings.model_path, on settings.device in settings.dtype.
+def load_model(settings: EngineSettings, ops: OpSet, group: Group = ALONE) -> Model:
+    """The model of settings.model_path, on settings.device in settings.dtype: what this rank of the group holds of it.
 
     Raises CheckpointError for tensors that do not fit config.json, UnsupportedModelError for a sound checkpoint that
     cannot be run here.
@@ -38,6 +41,7 @@ def load_model(settings: EngineSettings, ops: OpSet) -> Model:
         else weight_format(checkpoint)
     )
     if settings.implementation == "transformers":
+        _check_place(settings, None, checkpoint, group)
         if checkpoint.quantization is not None:
             raise UnsupportedModelError(
                 f"{checkpoint.path}: weights are quantized ({_method(checkpoint)}) and {checkpoint.architecture} runs "
@@ -56,13 +60,14 @@ def load_model(settings: EngineSettings, ops: OpSet) -> Model:
         )
     spec: ModelSpec = family.spec(checkpoint.config)
     _check_task(settings, spec, checkpoint)
+    _check_place(settings, spec, checkpoint, group)
     if settings.adapters and isinstance(spec, EncoderSpec):
         raise _no_adapters(settings, checkpoint)
     length = settings.config.max_model_len or spec.max_position_embeddings
     dtype, device = DTYPES[settings.dtype], torch.device(settings.device)
     anchor = "embed_tokens.weight" if isinstance(spec, DecoderSpec) else "embeddings.word_embeddings.weight"
     adapters = Adapters(settings.adapters) if settings.adapters else None
-    weights = Weights(checkpoint, family.CHECKPOINT, dtype, device, anchor, adapters=adapters)
+    weights = Weights(checkpoint, family.CHECKPOINT, dtype, device, anchor, adapters=adapters, group=group)
 
     def make(source: Weights) -> Model:
         here = _HeaderOps() if source.device.type == "meta" else ops
@@ -94,6 +99,14 @@ def weight_format(checkpoint: Checkpoint) -> ModuleType:
         f"{checkpoint.path}: weights are quantized ({_method(checkpoint)}); expected one of {', '.join(formats)}; "
         "use the unquantized checkpoint"
     )
+
+
+def _check_place(settings: EngineSettings, spec: ModelSpec | None, checkpoint: Checkpoint, group: Group) -> None:
+    """Raises UnsupportedModelError, on the first rank, for a model that cannot be spread over that many."""
+    said = quantization_attributes(checkpoint.quantization)
+    found = in_the_way(spec, settings.tp, settings.ep, said)
+    if found and group.place.rank == 0:
+        raise UnsupportedModelError("\n".join(found))
 
 
 def _no_adapters(settings: EngineSettings, checkpoint: Checkpoint) -> UnsupportedModelError:

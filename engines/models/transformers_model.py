@@ -201,6 +201,9 @@ class TransformersModel:
     def release(self, seq_id: int) -> None:
         self.states.pop(seq_id, None)
 
+    def close(self) -> None:
+        self.states.clear()
+
     def _routed(self, step: Step) -> Tensor:
         arguments: dict[str, Any] = {"input_ids": step.batch.token_ids[None], "use_cache": False, "engine_step": step}
         if self.takes_positions:
@@ -256,7 +259,9 @@ class TransformersModel:
             step = ProbeStep(self.ops, _probe_batch(own.device), [])
             routed = self._routed(step)
             self._check_probe(config, step, own, routed)
-        except (NotRoutable, TypeError, ValueError) as error:
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a class makes of it, and kernels of a head that they do not take
             self.model.set_attn_implementation("eager")
             return str(error)
         self.paged = True

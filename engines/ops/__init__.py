@@ -34,6 +34,7 @@ class OpSet:
     softcap = staticmethod(activation.softcap)
     prepare_linear = staticmethod(linear.prepare_linear)
     prepare_quantized = linear.prepare_quantized
+    mlp = linear.mlp
     head_linear = staticmethod(linear.head_linear)
     linear = staticmethod(linear.linear)
     lora = staticmethod(lora.lora)

@@ -52,6 +52,16 @@ def linear(x: Tensor, weight: LinearWeight) -> Tensor:
     return functional.linear(x, weight.data, weight.bias)
 
 
+def mlp(self: OpSet, x: Tensor, up: LinearWeight, down: LinearWeight, activation: str, gated: bool) -> Tensor:
+    """Two products with an activation between them: down(act_and_mul(up(x))) if gated, else down(act(up(x))).
+
+    x: [num_tokens, up.in_features]; activation: as those ops have it. What is between the products is rounded to x's
+    dtype wherever the ops would, so that the bits are those of the ops one after the other.
+    """
+    inner = self.linear(x, up)
+    return self.linear(self.act_and_mul(inner, activation) if gated else self.act(inner, activation), down)
+
+
 def head_linear(x: Tensor, weight: Tensor) -> Tensor:
     """Each head's own product. x: [num_tokens, num_heads, in]; weight: [num_heads, in, out], x's dtype.
 

@@ -64,8 +64,7 @@ def fused_experts(self: OpSet, x: Tensor, experts: Experts, weights: Tensor, ids
     for expert, slots in enumerate(order.split(counts)):
         if len(slots):
             gate_up, down = experts.data[expert]
-            inner = self.act_and_mul(self.linear(x[slots // top_k], gate_up), activation)
-            outputs[slots] = self.linear(inner, down)
+            outputs[slots] = self.mlp(x[slots // top_k], gate_up, down, activation, gated=True)
     spread = outputs.view(num_tokens, top_k, x.shape[1]).to(wide) * weights.to(wide)[..., None]
     return spread.sum(1).to(x.dtype)
 

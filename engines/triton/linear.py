@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 import triton
@@ -42,13 +41,14 @@ LARGEST = {torch.int8: 127, torch.float8_e4m3fn: 448}
 VALUES = {torch.int8: "int8", torch.float8_e4m3fn: "e4m3"}
 
 
-class Slots(Protocol):
-    """Rows of the output by expert (moe.Sorted), in blocks that are filled up with -1."""
+@dataclass(frozen=True)
+class Sorted:
+    """Slots (rows of a product's output) by expert, each expert's in blocks of their own."""
 
     slots: Tensor
-    """[num_blocks * block_t] int32"""
+    """[num_blocks * block_t] int32, -1 where a block is filled up"""
     experts: Tensor
-    """[num_blocks] int32; -1: the block is empty."""
+    """[num_blocks] int32, -1: nothing is in the block"""
 
 
 @dataclass(frozen=True)
@@ -157,7 +157,7 @@ def inputs(x: Tensor, weight: Stacked, ids: Tensor | None = None) -> tuple[Tenso
 
 def multiply(
     x: Tensor, x_scales: Tensor | None, weight: Stacked, bias: Tensor | None, out: Tensor,
-    sorted_slots: Slots | None = None, top_k: int = 1,
+    sorted_slots: Sorted | None = None, top_k: int = 1,
 ) -> None:  # fmt: skip
     """Into out [num_rows, out_features]: x's rows times the weight, plus the bias.
 

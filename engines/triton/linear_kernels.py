@@ -96,7 +96,7 @@ def packed_kernel(
 
     GROUPS: groups of a chunk; then codes are multiplied as they are, exact in every dtype, and a group's sum is scaled
     in float32; `step` chunks share groups where GROUPS is 1. GROUPS 0: groups of `step` columns begin and end anywhere,
-    and weights are rounded to x's dtype. slots, experts: as moe.Sorted; x's row is the slot divided by TOP_K.
+    and weights are rounded to x's dtype. slots, experts: as linear.Sorted; x's row is the slot divided by TOP_K.
     """
     expert = tl.zeros([], tl.int64)
     if experts_ptr is not None:

@@ -1,7 +1,5 @@
 """What the Triton engine offers on a host: every op of a decoder and of an encoder, for any size of head up to 256, and
 every weight format.
-
-Mixtures of experts run on the reference.
 """
 
 from __future__ import annotations
@@ -9,7 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from engines.api import GPUConfig
-from engines.capability import ANYTHING, YES, Allowed, Offer, one_of
+from engines.capability import ANYTHING, DENSE_ONLY, YES, Allowed, Offer, one_of
 from engines.discover import names
 from engines.platform import Host, accelerator_blockers
 
@@ -64,11 +62,10 @@ OPS: dict[str, dict[str, Allowed]] = {
     "apply_penalties": {},
     "log_softmax_gather": {},
     "top_logprobs": {},
-    "parallelism": {name: one_of(1) for name in ("tp", "dp", "ep")},
+    "parallelism": {name: Allowed(ge=1) for name in ("tp", "dp", "ep")},
+    "transformers_model": {"dtype": DTYPES, "quantization": DENSE_ONLY},
 }
 """head_linear, embedding, top_logprobs and linear of plain weights are a call or two of torch's own kernels."""
-REFERENCE = frozenset({"route", "fused_experts"})
-"""Ops without a kernel: right, and slower than they could be."""
 
 
 def offers(host: Host) -> Offer:
@@ -85,5 +82,4 @@ def offers(host: Host) -> Offer:
         blockers=tuple(blockers),
         sm=host.compute_capability,
         since={"bfloat16": (8, 0), "w8a8": (8, 0)},
-        reference=REFERENCE,
     )

@@ -5,7 +5,7 @@ and the most probable tokens.
 from __future__ import annotations
 
 from engines import ops
-from engines.triton import activation, attention, kv_cache, linear, norm, rotary, sampling
+from engines.triton import activation, attention, kv_cache, linear, moe, norm, rotary, sampling
 
 
 class OpSet(ops.OpSet):
@@ -27,6 +27,9 @@ class OpSet(ops.OpSet):
     softcap = staticmethod(activation.softcap)
     prepare_quantized = linear.prepare_quantized
     linear = staticmethod(linear.linear)
+    prepare_experts = moe.prepare_experts
+    route = staticmethod(moe.route)
+    fused_experts = moe.fused_experts
     sample = staticmethod(sampling.sample)
     apply_penalties = staticmethod(sampling.apply_penalties)
     log_softmax_gather = staticmethod(sampling.log_softmax_gather)

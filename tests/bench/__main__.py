@@ -5,6 +5,7 @@
     python -m tests.bench compare COMMAND COMMAND ...   commands in turn, as ratios: a peer's driver, another checkout
     python -m tests.bench runner [ROWS]                 rows/s through source, task, journal and sink
     python -m tests.bench attention                     decode attention over caches in 16, 8 and 4 bits
+    python -m tests.bench sharing [ROWS] [--workers N]  what it costs many workers to share a job by leases
     python -m tests.bench start MODEL                   process start to first token
 
 A workload is a list of {"prompt": [token ids], "n": output tokens}. Figures of one run are comparable with each other
@@ -19,7 +20,7 @@ from engines.threads import limit_spinning
 
 limit_spinning()  # as the runner's own entry does, before torch is imported
 
-from tests.bench import attention, ceilings, compare, engine, runner, start  # noqa: E402
+from tests.bench import attention, ceilings, compare, engine, runner, sharing, start  # noqa: E402
 
 COMMANDS = {
     "attention": attention,
@@ -27,6 +28,7 @@ COMMANDS = {
     "compare": compare,
     "engine": engine,
     "runner": runner,
+    "sharing": sharing,
     "start": start,
 }
 

@@ -98,7 +98,13 @@ def times(backend: str, asked: argparse.Namespace, device: Any, limits: Any, dea
     return results
 
 
-OPS = {"decode": "paged_attention", "prefill": "paged_attention", "w4a16": "linear"}
+OPS = {
+    "decode": "paged_attention",
+    "prefill": "paged_attention",
+    "w4a16": "linear",
+    "fp8": "linear",
+    "experts": "fused_experts",
+}
 """What a kernel's name begins with, where it is not the op."""
 
 

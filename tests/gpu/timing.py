@@ -82,7 +82,7 @@ class RandomWeights(Weights):
 
     generator: torch.Generator = field(default_factory=torch.Generator)
 
-    def _read(self, name: str, shape: tuple[int, ...], out: Tensor) -> None:
+    def _read(self, name: str, shape: tuple[int, ...], out: Tensor, *held: list[slice]) -> None:
         centre = 1.0 if name.endswith("norm.weight") else 0.0
         out.normal_(centre, 0.02)
 

@@ -211,7 +211,7 @@ def test_a_failing_job_hides_no_other(
 
 
 def test_a_signal_ends_the_sweep(jobs: list[JobConfig], monkeypatch: pytest.MonkeyPatch) -> None:
-    failing(monkeypatch, {2: Interrupted("SIGTERM", by_signal=True)}, jobs)
+    failing(monkeypatch, {2: Interrupted("SIGTERM", signal.SIGTERM)}, jobs)
     assert cli.command_line(["-m", "seed=1,2,3", "name=x"]) == 75
     assert [job.seed for job in jobs] == [1, 2]
 

@@ -188,8 +188,11 @@ MESSAGES = [
         "parallelism.ep: 4; expected a divisor of tp * dp = 2 * 1 = 2, the devices that experts are spread over;",
         "",
     ),
-    ({"parallelism__tp": 2}, "parallelism.tp: 2 is not available yet; expected 1; set parallelism=single, or mode", ""),
-    ({"parallelism__dp": 2, "parallelism__ep": 2}, "parallelism.ep: 2 is not available yet;", ""),
+    (
+        {"parallelism__dp": 2, "parallelism__ep": 2},
+        "parallelism.ep: 2 with tp=1: copies of the model that share exp",
+        "",
+    ),
     (
         {"output__compression_level": 30},
         "output.compression_level: 30 with compression zstd; expected 1 to 22, or null; correct it",

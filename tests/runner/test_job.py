@@ -276,7 +276,7 @@ def test_the_time_that_a_job_may_take(tmp_path: Path, rows: Path) -> None:
     plan = make_plan(tmp_path, max_runtime_s=0.5)
     with pytest.raises(Interrupted, match=r"max_runtime_s: 0.5 s are over") as caught:
         run(plan, FakeEngine(per_step=5, step_s=0.02))
-    assert not caught.value.by_signal
+    assert caught.value.signal is None
     engine = FakeEngine()
     run(make_plan(tmp_path), engine)
     assert 0 < engine.num_requests < 650

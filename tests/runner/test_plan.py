@@ -147,7 +147,8 @@ def test_fallback_takes_the_next_engine_and_names_what_is_lost(monkeypatch: pyte
     wide = planning(
         H200, backend="cpu", on_unsupported="fallback", backend_config=config, parallelism=ParallelismConfig(2)
     )
-    plan = resolve(wide, checkpoint(), H200, "generate")
+    offer_nothing(monkeypatch, "cpu", "cuda")
+    plan = resolve(wide, checkpoint(), replace(H200, num_devices=2), "generate")
     assert plan.settings.backend == "triton" and plan.settings.config.prefix_caching is False
     assert "backend_config.num_threads=0: not carried over, triton has no such setting" in plan.notes
 
@@ -238,7 +239,8 @@ def test_every_combination_has_a_verdict_or_a_named_error(architecture: str, hos
         runnable = architecture != "NobodyForCausalLM" and read and (native or not adapters)
         on_cuda = host in ("sm80", "sm90") and dtype != "float32" and native and backend != "cpu"
         on_cuda = on_cuda and quantization != "nameless" and not adapters
-        on_triton = backend == "auto" and native and quantization != "nameless" and not adapters
+        on_triton = backend == "auto" and quantization != "nameless" and (native or quantization == "none")
+        on_triton = on_triton and known and not adapters
         capable = host[:4] in ("sm80", "sm90") or host in ("rocm", "ascend")
         on_triton = on_triton and (capable or (host == "sm75" and dtype != "bfloat16"))
         runnable = runnable and (on_cuda or backend != "cuda")
@@ -505,9 +507,26 @@ def test_every_own_setting_that_is_lost_is_named(source: str, target: str) -> No
             assert not hasattr(converted, f.name)
 
 
-def test_parallelism_that_no_engine_offers() -> None:
-    with pytest.raises(EngineError, match="cpu: parallelism tp=2: cpu offers 1"):
-        resolve(job(parallelism=ParallelismConfig(tp=2)), checkpoint(), CPU, "generate")
+def test_parallelism_that_the_model_cannot_have() -> None:
+    with pytest.raises(EngineError, match=r"cpu: parallelism.tp: 3; num_attention_heads is 32, and 32 / 3 leaves 2"):
+        resolve(job(parallelism=ParallelismConfig(tp=3)), checkpoint(), CPU, "generate")
+
+
+def test_a_plan_says_what_each_device_holds() -> None:
+    whole = resolve(planning(H200), checkpoint(), H200, "generate")
+    wide = planning(H200, parallelism=ParallelismConfig(tp=4, dp=2))
+    plan = resolve(wide, checkpoint(), replace(H200, num_devices=8), "generate")
+    assert (plan.settings.tp, plan.settings.ep) == (4, 1)
+    line = next(line for line in plan.text().splitlines() if line.startswith("parallel "))
+    assert line == (
+        "parallel  tp 4, dp 2, ep 1: 8 devices in 2 engines; a device holds 8 of 32 heads, 2 of 8 KV heads, 3,584 of "
+        "14,336 intermediate features, 32,064 of 128,256 tokens of the vocabulary, and all norms"
+    )
+    of_whole, of_rank = whole.memory[-1], plan.memory[-1]
+    assert of_rank.kv_bytes_per_token * 4 == of_whole.kv_bytes_per_token
+    assert 0.25 < of_rank.weight_bytes / of_whole.weight_bytes < 0.2501
+    few = "parallelism: tp * dp = 4 * 2 = 8 devices; h200 has 1"
+    assert few in missed(resolve(wide, checkpoint(), H200, "generate"), "triton")
 
 
 def test_a_described_host_can_only_be_planned_for() -> None:
@@ -716,4 +735,4 @@ def test_copies_of_the_model_on_one_processor_take_memory_each() -> None:
     assert "KV cache" not in " ".join(notes[0])
     assert "KV cache of each copy of the model: holds 5,000 tokens, fewer than max_model_len" in "\n".join(notes[1])
     elsewhere = resolve(planning(H200, parallelism=ParallelismConfig(dp=2)), checkpoint(), H200, "generate")
-    assert "dp=2" in " ".join(missed(elsewhere, "triton"))
+    assert "tp * dp = 1 * 2 = 2 devices; h200 has 1" in " ".join(missed(elsewhere, "triton"))

@@ -33,7 +33,7 @@ def test_a_signal_keeps_what_is_finished(folder: Path, number: signal.Signals) -
     plan = make_plan(folder, output={"journal_interval_s": 1000.0})
     with pytest.raises(Interrupted, match=f"stopped by {number.name}; finished rows are kept; run the same") as caught:
         run(plan, engine)
-    assert caught.value.by_signal and caught.value.exit_code == 75
+    assert caught.value.signal == number and caught.value.exit_code == 75
     assert [signal.getsignal(one) for one in SIGNALS] == before
     again = FakeEngine()
     summary = run(plan, again)

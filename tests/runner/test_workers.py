@@ -18,6 +18,7 @@ from engines.cpu.offers import Config
 from runner.config import ParallelismConfig
 from runner.errors import EngineError, InputError, Interrupted
 from runner.job import run
+from runner.parallel import Layout, visible_devices
 from runner.plan import Plan
 from runner.workers import each_worker
 from tests import faulty_engine
@@ -214,10 +215,27 @@ def test_rows_of_an_engine_that_dies_go_to_the_others(tmp_path: Path) -> None:
 
 def test_threads_and_memory_are_shared_out() -> None:
     settings = EngineSettings("cpu", "x", "float32", Config(num_threads=8, kv_cache_bytes=100))
-    first, *others = each_worker(settings, 4)
+    first, *others = each_worker(settings, Layout(1, 4, 1), "cpu")
     assert isinstance(first.config, Config) and others == [first] * 3
     assert (first.config.num_threads, first.config.kv_cache_bytes) == (2, 25)
-    assert each_worker(settings, 1) == [settings]
+    assert each_worker(settings, Layout(1, 1, 1), "cpu") == [settings]
+    ranks = each_worker(settings, Layout(2, 2, 1), "cpu")
+    assert len(ranks) == 2 and ranks[0].config == first.config, "each of two ranks of two engines has a fourth"
+
+
+def test_each_engine_has_accelerators_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = EngineSettings("triton", "x", "bfloat16", Config(kv_cache_bytes=100), device="cuda", tp=2)
+    monkeypatch.setenv("HIP_VISIBLE_DEVICES", "3,4,5,6,7,8")
+    each = each_worker(settings, Layout(2, 3, 1), "rocm")
+    assert [made.environment for made in each] == [
+        {"HIP_VISIBLE_DEVICES": "3,4"},
+        {"HIP_VISIBLE_DEVICES": "5,6"},
+        {"HIP_VISIBLE_DEVICES": "7,8"},
+    ]
+    assert all(made.config == settings.config for made in each), "memory is a device's own"
+    assert each_worker(settings, Layout(1, 1, 1), "rocm") == [settings], "one device: whichever the job sees"
+    assert visible_devices((2, 3), None) == "2,3"
+    assert visible_devices((2, 3), "4, 5, 6, GPU-8a6") == "6,GPU-8a6"
 
 
 def test_two_engines_take_half_the_time(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from tests.cases import Case, call, convert
 from tests.compare import assert_as_exact, assert_bitwise_equal
 from tests.engines.cuda.cases import compiled
 from tests.engines.cuda.test_quantized import CASES as W4_CASES
-from tests.engines.cuda.test_quantized import SIZES, exponents_of, integers_of, multiply
+from tests.engines.cuda.test_quantized import FP8_SIZES, SIZES, exponents_of, integers_of, multiply, multiply_fp8
 
 ORDERS = ("forward", "reverse", "random:1", "warp:1", "warp:2")
 LENGTHS = (1500, 513, 512, 2049, 700, 100, 1030, 3, 512, 600, 20, 90, 33)
@@ -65,6 +65,14 @@ def products(library: str) -> None:
         for order, copies in itertools.product(ORDERS, ("early", "late")):
             os.environ.update(EMULATOR_ORDER=order, EMULATOR_COPIES=copies)
             found, exact, plain = multiply(ops, case, torch.bfloat16)
+            assert_as_exact(found, exact, plain)
+            first = found if first is None else first
+            assert_bitwise_equal(found, first)
+    for size, tile in itertools.product(FP8_SIZES, ((128, 128), None)):
+        first = None
+        for order, copies in itertools.product(ORDERS, ("early", "late")):
+            os.environ.update(EMULATOR_ORDER=order, EMULATOR_COPIES=copies)
+            found, exact, plain = multiply_fp8(ops, size, tile, torch.bfloat16)
             assert_as_exact(found, exact, plain)
             first = found if first is None else first
             assert_bitwise_equal(found, first)

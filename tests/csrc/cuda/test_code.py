@@ -41,9 +41,10 @@ def test_registers_are_those_of_the_table(compiled: Path) -> None:
 
 def test_the_tensor_cores_of_sm_90_are_asked_for_without_serialization(compiled: Path) -> None:
     """ptxas says so when it has to wait between warpgroup products."""
-    report = (compiled / "attention_prefill_sm90.ptxas").read_text("utf-8")
-    assert "sm_90a" in report
-    assert "wgmma" not in report.lower() and "Performance Loss" not in report
+    reports = [path.read_text("utf-8") for path in compiled.glob("*_sm90.ptxas")]
+    assert len(reports) == len(list(cuda_build.FOLDER.glob("*_sm90.cu")))
+    assert all("sm_90a" in report for report in reports)
+    assert not [r for r in reports if "wgmma" in r.lower() or "Performance Loss" in r]
 
 
 @pytest.mark.parametrize(
@@ -52,8 +53,6 @@ def test_the_tensor_cores_of_sm_90_are_asked_for_without_serialization(compiled:
         ("attention_prefill_sm90", "sm_90a", (r"HGMMA\.64x128x16\.F32\.BF16", r"HGMMA\.64x64x16\.F32", "UTMALDG.4D")),
         ("attention_decode", "sm_80", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.MT88\.4")),
         ("attention_decode", "sm_90a", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128")),
-        ("attention_decode_coded", "sm_80", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", "PRMT", "LOP3")),
-        ("attention_prefill_coded", "sm_80", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"STS\.128")),
         ("attention_prefill", "sm_80", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128")),
         ("product_w4", "sm_90a", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"LDS\.128", "LOP3")),
         (
@@ -63,6 +62,13 @@ def test_the_tensor_cores_of_sm_90_are_asked_for_without_serialization(compiled:
         ),
         ("product_int8", "sm_80", (r"IMMA\.16832\.S8\.S8", r"LDGSTS\.E\.BYPASS\.128", r"LDS\.128")),
         ("product_int8", "sm_90a", (r"IMMA\.16832\.S8\.S8", r"LDGSTS\.E\.BYPASS\.128", r"LDS\.128")),
+        ("product_dense", "sm_80", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"LDS\.128")),
+        ("product_dense", "sm_90a", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"LDS\.128")),
+        ("product_fp8", "sm_80", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"LDS\.128")),
+        ("product_fp8", "sm_90a", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"HMUL2\.BF16")),
+        ("linear_fp8_sm90", "sm_90a", (r"QGMMA\.64x128x32\.F32\.E4M3", r"QGMMA\.64x16x32\.F32", "UTMALDG.4D")),
+        ("linear_fp8", "sm_90a", (r"LDG\.E\.128", r"STG\.E\.64", r"F2FP\.SATFINITE\.E4M3")),
+        ("moe", "sm_90a", (r"LDG\.E\.128", r"STG\.E\.128")),
         ("linear", "sm_90a", (r"LDG\.E\.128", r"STG\.E\.64")),
         ("elementwise", "sm_90a", (r"LDG\.E\.128", r"STG\.E\.128")),
     ),

@@ -62,6 +62,9 @@ class TinyModel:
     def context_key(self, num_prompt_tokens: int, num_tokens: int) -> int:
         return 0
 
+    def close(self) -> None:
+        pass
+
     def release(self, seq_id: int) -> None:
         self.released.append(seq_id)
 

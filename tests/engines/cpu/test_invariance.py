@@ -13,7 +13,10 @@ from torch import Tensor
 
 from engines import extension
 from engines.batch import Batch
+from engines.cpu.linear import PackedWeight
 from engines.cpu.opset import OpSet
+from engines.formats import int8
+from engines.ops.linear import LinearWeight
 from tests.attention_cases import Case, Inputs, make, quantized, stored
 from tests.compare import assert_bitwise_equal
 
@@ -135,6 +138,39 @@ def test_rows(name: str, rows: int, size: int, dtype: torch.dtype, data: st.Data
     part = slice(first, data.draw(st.integers(first + 1, rows)))
     for together, alone in zip(_all(op(ops, x, w)), _all(op(ops, x[part], w)), strict=True):
         assert_bitwise_equal(alone, together[part])
+
+
+@few
+@given(
+    rows=st.integers(1, 200),
+    size=st.sampled_from((32, 40, 96)),
+    inner=st.sampled_from((16, 48, 23)),
+    gated=st.booleans(),
+    quantized=st.booleans(),
+    data=st.data(),
+)
+def test_products(rows: int, size: int, inner: int, gated: bool, quantized: bool, data: st.DataObject) -> None:
+    """Of bfloat16 and 8-bit integers, on both sides of where threads share rows and not weights."""
+    ops, generator = OpSet(), torch.Generator().manual_seed(rows)
+
+    def weight(out: int, size: int) -> LinearWeight:
+        made = torch.randn(out, size, generator=generator).bfloat16()
+        return (
+            ops.prepare_quantized(int8.quantize(made), None, made.dtype)
+            if quantized
+            else ops.prepare_linear(made, None)
+        )
+
+    up, down = weight(2 * inner if gated else inner, size), weight(size, inner)
+    x = torch.randn(rows, size, generator=generator).bfloat16()
+    together = ops.mlp(x, up, down, "silu", gated)
+    first = data.draw(st.integers(0, rows - 1))
+    part = slice(first, data.draw(st.integers(first + 1, rows)))
+    assert_bitwise_equal(ops.mlp(x[part], up, down, "silu", gated), together[part])
+    inside = ops.linear(x[part], up)
+    inside = ops.act_and_mul(inside, "silu") if gated else ops.act(inside, "silu")
+    if isinstance(up.data, PackedWeight):
+        assert_bitwise_equal(ops.linear(inside, down), together[part])
 
 
 def _all(results: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:

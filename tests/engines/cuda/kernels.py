@@ -14,8 +14,9 @@ from torch import Tensor
 
 from engines.batch import Batch
 from engines.cuda.opset import OpSet
-from engines.ops.kv_cache import KVCache, KVDtype, QuantizedKVCache, quantize_vectors
-from engines.ops.quantized import GroupedIntWeight, Int8Weight
+from engines.ops.kv_cache import KVCache
+from engines.ops.moe import Projection
+from engines.ops.quantized import Float8Weight, GroupedIntWeight, Int8Weight, MXFP4Weight
 from engines.ops.sampling import SamplingBatch
 
 BF16 = torch.bfloat16
@@ -42,10 +43,8 @@ class Kernel:
     """Fraction of the measured copy bandwidth (or of the matrix rate, where flops decide) that is expected."""
 
 
-def attention(
-    tokens: int, lengths: list[int], head_dim: int = 128, kv_dtype: KVDtype | None = None
-) -> Callable[[OpSet, torch.device], Work]:
-    """The last `tokens` tokens of each sequence, 32 query heads on 8 KV heads. kv_dtype: None for bfloat16."""
+def attention(tokens: int, lengths: list[int], head_dim: int = 128) -> Callable[[OpSet, torch.device], Work]:
+    """The last `tokens` tokens of each sequence, 32 query heads on 8 KV heads."""
 
     def make(ops: OpSet, device: torch.device) -> Work:
         heads, kv_heads, num_seqs = 32, 8, len(lengths)
@@ -64,13 +63,6 @@ def attention(
             max_seqlen_k=max(lengths),
             block_tables=blocks,
         )
-        if kv_dtype is not None:
-            coded = (quantize_vectors(t, kv_dtype) for t in (cache.k, cache.v))
-            (k, k_scales), (v, v_scales) = coded
-            small = QuantizedKVCache(kv_dtype, head_dim, k, v, k_scales, v_scales)
-            vector = k.shape[3] + 4 * k_scales.shape[3]
-            moved = 2 * sum(lengths) * kv_heads * vector + 2 * q.numel() * 2
-            return Work(lambda: ops.quantized_attention(q, small, batch, head_dim**-0.5), moved)
         pairs = sum(tokens * (length - (tokens - 1) / 2) for length in lengths)
         moved = 2 * 2 * sum(lengths) * kv_heads * head_dim + 2 * q.numel() * 2
         return Work(lambda: ops.paged_attention(q, cache, batch, head_dim**-0.5), moved, 4 * pairs * heads * head_dim)
@@ -80,14 +72,6 @@ def attention(
 
 def _decode(ops: OpSet, device: torch.device, small: bool) -> Work:
     return attention(1, [600, 40] if small else [4096] * 64)(ops, device)
-
-
-def _decode_coded(kv_dtype: KVDtype) -> Callable[[OpSet, torch.device, bool], Work]:
-    def make(ops: OpSet, device: torch.device, small: bool) -> Work:
-        lengths = [600, 40] if small else [4096] * 64
-        return attention(1, lengths, kv_dtype=kv_dtype)(ops, device)
-
-    return make
 
 
 def _prefill(ops: OpSet, device: torch.device, small: bool) -> Work:
@@ -127,6 +111,55 @@ def _w8a8(tokens: int) -> Callable[[OpSet, torch.device, bool], Work]:
     return make
 
 
+def _fp8(tokens: int) -> Callable[[OpSet, torch.device, bool], Work]:
+    """Tiles of 128 x 128 with a scale each."""
+
+    def make(ops: OpSet, device: torch.device, small: bool) -> Work:
+        rows, columns = (128, 256) if small else (14336, 4096)
+        data = torch.randn(rows, columns, device=device).to(torch.float8_e4m3fn)
+        scales = torch.rand(rows // 128, columns // 128, device=device)
+        prepared = ops.prepare_quantized(Float8Weight(data, scales, (128, 128)), None, BF16)
+        x = torch.randn(min(tokens, 70) if small else tokens, columns, dtype=BF16, device=device)
+        moved = rows * columns + 2 * len(x) * (rows + columns)
+        return Work(lambda: ops.linear(x, prepared), moved, len(x) * rows * columns)  # flops: as of 16 bits
+
+    return make
+
+
+def _experts(kind: str, tokens: int) -> Callable[[OpSet, torch.device, bool], Work]:
+    """128 experts of 2048 x 768, 8 of them a token; of mxfp4 32 of 2880 x 2880, 4 a token."""
+
+    def make(ops: OpSet, device: torch.device, small: bool) -> Work:
+        count, top_k, hidden, inner = (32, 4, 2880, 2880) if kind == "mxfp4" else (128, 8, 2048, 768)
+        if small:
+            count, top_k, hidden, inner = 5, 2, 96, 64
+
+        def stack(rows: int, columns: int) -> list[Projection]:
+            if kind != "mxfp4":
+                return [Projection(torch.randn(rows, columns, dtype=BF16, device=device) / 50) for _ in range(count)]
+            sizes = ((rows, columns // 2), (rows, columns // 32))
+            codes, exponents = (torch.randint(100, 120, size, dtype=torch.uint8, device=device) for size in sizes)
+            return [Projection(MXFP4Weight(codes, exponents)) for _ in range(count)]
+
+        x = torch.randn(min(tokens, 20) if small else tokens, hidden, dtype=BF16, device=device)
+        prepared = ops.prepare_experts(stack(2 * inner, hidden), stack(hidden, inner), BF16)
+        weights = torch.rand(len(x), top_k, device=device)
+        ids = torch.rand(len(x), count, device=device).topk(top_k, dim=-1).indices
+        used = len(ids.unique())
+        of_expert = 3 * hidden * inner * (17 / 32 if kind == "mxfp4" else 2)
+        rounds = 2 * len(x) * (2 * hidden + top_k * (3 * inner + 2 * hidden))
+        flops = 6 * len(x) * top_k * hidden * inner
+        activation = "swiglu_oai" if kind == "mxfp4" else "silu"
+        return Work(lambda: ops.fused_experts(x, prepared, weights, ids, activation), used * of_expert + rounds, flops)
+
+    return make
+
+
+def _route(ops: OpSet, device: torch.device, small: bool) -> Work:
+    logits = torch.randn(_rows(small), 128, dtype=BF16, device=device)
+    return Work(lambda: ops.route(logits, 8, "softmax", True), logits.numel() * 2 + len(logits) * 8 * 12)
+
+
 def _rows(small: bool) -> int:
     return 3 if small else 8192
 
@@ -163,13 +196,6 @@ def _write(ops: OpSet, device: torch.device, small: bool) -> Work:
     return Work(lambda: ops.write_kv(k, v, cache, slots), 2 * (k.numel() + v.numel()) * 2)
 
 
-def _write_coded(ops: OpSet, device: torch.device, small: bool) -> Work:
-    _, k, v = _qkv(_rows(small), device)
-    cache = ops.allocate_quantized_kv_cache(len(k) // BLOCK_SIZE + 1, BLOCK_SIZE, 8, 128, "int8", device)
-    slots = torch.randperm((len(k) // BLOCK_SIZE + 1) * BLOCK_SIZE, device=device)[: len(k)]
-    return Work(lambda: ops.write_quantized_kv(k, v, cache, slots), (k.numel() + v.numel()) * 3 + len(k) * 2 * 8 * 8)
-
-
 def _sample(ops: OpSet, device: torch.device, small: bool) -> Work:
     rows, vocab = (2, 300) if small else (128, 128256)
     logits = torch.randn(rows, vocab, device=device)
@@ -180,27 +206,31 @@ def _sample(ops: OpSet, device: torch.device, small: bool) -> Work:
 
 
 _ATTENTION = ("attention.h", "attention.cuh", "attention.cu", "primitives.cuh")
-_CODED = (*_ATTENTION, "attention_decode.cuh", "attention_coded.cuh", "kv_codes.cuh")
 _ELEMENTWISE = ("elementwise.cuh", "elementwise.cu", "primitives.cuh")
 _PRODUCT = ("product.h", "product_formats.cuh", "product.cuh", "splits.cuh", "linear.cu", "primitives.cuh")
 _W4A16 = (*_PRODUCT, "product_w4.cu")
+_EXPERTS = (*_PRODUCT, "product_dense.cu", "product_mxfp4.cu", "moe.cuh", "moe.cu")
+_FP8 = ("linear_fp8.h", "linear_fp8.cu", "linear_fp8_sm90.cuh", "linear_fp8_sm90.cu", "splits.cuh", "quantize.cuh")
 _W8A8 = (*_PRODUCT, "product_int8.cu", "quantize.cuh")
 _SM90 = ("attention_prefill.cuh", "attention_prefill_sm90.cuh", "attention_prefill_sm90.cu", "primitives_sm90.cuh")
 KERNELS = (
     Kernel("decode attention, 64 x 4096", (*_ATTENTION, "attention_decode.cuh"), _decode, 0.85),
-    Kernel("int8 decode attention, 64 x 4096", _CODED, _decode_coded("int8"), 0.80),
-    Kernel("int4 decode attention, 64 x 4096", _CODED, _decode_coded("int4"), 0.60),
-    Kernel("fp8 decode attention, 64 x 4096", _CODED, _decode_coded("fp8"), 0.80),
     Kernel("prefill attention, 8192 causal", (*_ATTENTION, *_SM90), _prefill, 0.45),
     Kernel("w4a16 4096 x 14336, batch 1", _W4A16, _w4a16(1), 0.80),
     Kernel("w4a16 4096 x 14336, batch 16", _W4A16, _w4a16(16), 0.80),
     Kernel("w4a16 4096 x 14336, batch 64", _W4A16, _w4a16(64), 0.70),
     Kernel("w8a8 4096 x 14336, batch 16", _W8A8, _w8a8(16), 0.75),
     Kernel("w8a8 4096 x 14336, batch 8192", _W8A8, _w8a8(8192), 0.40),
+    Kernel("fp8 4096 x 14336, batch 16", (*_FP8, "product_fp8.cu"), _fp8(16), 0.75),
+    Kernel("fp8 4096 x 14336, batch 8192", _FP8, _fp8(8192), 0.60),
+    Kernel("experts 128 of 2048 x 768, batch 16", _EXPERTS, _experts("dense", 16), 0.65),
+    Kernel("experts 128 of 2048 x 768, batch 8192", _EXPERTS, _experts("dense", 8192), 0.35),
+    Kernel("experts 32 of 2880 x 2880 mxfp4, batch 16", _EXPERTS, _experts("mxfp4", 16), 0.55),
+    Kernel("experts 32 of 2880 x 2880 mxfp4, batch 8192", _EXPERTS, _experts("mxfp4", 8192), 0.30),
+    Kernel("route 8192 x 128", ("moe.cuh", "moe.cu"), _route, 0.30),
     Kernel("add_rms_norm 8192 x 4096", _ELEMENTWISE, _norm, 0.85),
     Kernel("act_and_mul 8192 x 14336", _ELEMENTWISE, _gate, 0.85),
     Kernel("rope 8192 x 40 heads", _ELEMENTWISE, _rope, 0.80),
     Kernel("write_kv 8192 x 8 heads", _ELEMENTWISE, _write, 0.80),
-    Kernel("write_quantized_kv 8192 x 8 heads", ("kv_codes.cuh", "kv_write.cuh", "kv_write.cu"), _write_coded, 0.50),
     Kernel("sample 128 x 128256, top_p", ("sampling.cuh", "sampling.cu", "primitives.cuh"), _sample, 0.05),
 )

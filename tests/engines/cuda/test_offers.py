@@ -11,7 +11,7 @@ import pytest
 from engines.api import Kind
 from engines.capability import difference, quantization_attributes
 from engines.cuda import offers, table
-from engines.models.spec import DecoderSpec, EncoderSpec, RopeSpec, requirements
+from engines.models.spec import DecoderSpec, EncoderSpec, MoESpec, RopeSpec, requirements
 from engines.platform import Host
 
 H200 = Host("this", "cuda", compute_capability=(9, 0), extensions=frozenset({"cuda"}))
@@ -109,11 +109,35 @@ def test_weights_that_the_kernel_takes_are_offered(config: dict[str, Any], misse
     found = difference(needed, offers.offers(H200_DESCRIBED))
     assert len(found) == len(missed)
     assert all(text.startswith(begin) for text, begin in zip(found, missed, strict=True))
-    assert not {"w4a16", "w8a8", "mxfp4"} & offers.offers(H200_DESCRIBED).dequantized
+    assert not {"w4a16", "w8a8", "fp8", "mxfp4"} & offers.offers(H200_DESCRIBED).dequantized
+
+
+MOE = replace(LLAMA, moe=MoESpec(8, 2, 64))
+
+
+@pytest.mark.parametrize(
+    ("config", "missed"),
+    (
+        (None, []),
+        ({"quant_method": "mxfp4"}, []),
+        ({"quant_method": "fp8", "weight_block_size": [128, 128]}, []),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, []),
+        (W8A8, []),
+        (
+            {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True},
+            ["fused_experts desc_act=true: cuda "],
+        ),
+    ),
+)
+def test_mixtures_of_experts_are_offered(config: dict[str, Any] | None, missed: list[str]) -> None:
+    needed = requirements(MOE, "bfloat16", "generate", quantization_attributes(config))
+    found = difference(needed, offers.offers(H200_DESCRIBED))
+    assert len(found) == len(missed)
+    assert all(text.startswith(begin) for text, begin in zip(found, missed, strict=True))
 
 
 def test_a_library_without_the_product_takes_dense_weights_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(table, "read", lambda: table.FULL.replace("linear weights w4a16 w8a8 mxfp4\n", ""))
+    monkeypatch.setattr(table, "read", lambda: table.FULL.replace("linear weights w4a16 w8a8 fp8 mxfp4\n", ""))
     needed = requirements(LLAMA, "bfloat16", "generate", quantization_attributes({"quant_method": "awq", "bits": 4}))
     assert difference(needed, offers.offers(H200)) == [
         "linear quantization=awq: cuda offers unquantized weights only",

@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from engines.cuda.opset import OpSet
-from engines.cuda.quantized import PackedWeight, in_lane_order, pack
+from engines.cuda.quantized import Fp8Weight, PackedWeight, in_lane_order, pack
 from engines.ops import OpSet as Reference
-from engines.ops.quantized import GroupedIntWeight, Int8Weight, MXFP4Weight
+from engines.ops.quantized import Float8Weight, GroupedIntWeight, Int8Weight, MXFP4Weight
 from tests.compare import assert_as_exact, assert_bitwise_equal
 
 
@@ -167,6 +167,89 @@ def test_products_with_mxfp4_weights(ops: OpSet, rows: int, columns: int, tokens
     exact = functional.linear(x.double(), weight.dequantize(torch.float32).double())
     plain = functional.linear(x.float(), weight.dequantize(torch.float32)).to(dtype)
     assert_as_exact(ops.linear(x, prepared), exact, plain)
+
+
+def floats_of(out_features: int, in_features: int, tile: tuple[int, int] | None = None) -> Float8Weight:
+    """Numbers of all magnitudes, subnormal ones as well. tile: None for one of a row."""
+    generator = torch.Generator().manual_seed(5)
+    stretch = 2.0 ** torch.randint(-7, 5, (out_features, in_features), generator=generator)
+    data = (torch.randn(out_features, in_features, generator=generator) * stretch).to(torch.float8_e4m3fn)
+    tile = tile or (1, in_features)
+    shape = (-(-out_features // tile[0]), -(-in_features // tile[1]))
+    return Float8Weight(data, (torch.rand(shape, generator=generator) + 0.5) / 50, tile)
+
+
+@pytest.mark.parametrize("tile", ((128, 128), None), ids=str)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize(("rows", "columns", "tokens"), ((260, 2048, 17), (16, 384, 70)))
+def test_products_of_8_bit_floats_with_16_bit_inputs(
+    ops: OpSet, monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, tokens: int, dtype: torch.dtype,
+    tile: tuple[int, int] | None,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("EMULATOR_CAPABILITY", "80")
+    weight = floats_of(rows, columns, tile)
+    x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1)).to(dtype)
+    prepared = ops.prepare_quantized(weight, None, dtype)
+    assert isinstance(prepared.data, PackedWeight)
+    exact = functional.linear(x.double(), weight.dequantize(torch.float32).double())
+    plain = functional.linear(x.float(), weight.dequantize(torch.float32)).to(dtype)
+    assert_as_exact(ops.linear(x, prepared), exact, plain)
+
+
+FP8_SIZES = ((200, 1664, 5), (300, 512, 70), (128, 256, 130), (64, 128, 1))
+"""(out_features, in_features, num_tokens): splits, tiles that are not full, more stages than the pipeline has."""
+
+
+def rounded(x: Tensor, weight: Float8Weight) -> Tensor:
+    """x as products of 8-bit floats see it: in float64."""
+    columns = x.shape[1] if weight.tile[0] == 1 else 128
+    grouped = x.float().unflatten(1, (-1, columns))
+    scale = (grouped.abs().amax(-1, keepdim=True) / 448).clamp(min=torch.finfo(torch.float32).tiny)
+    scale = scale if weight.input_scale is None else weight.input_scale
+    return ((grouped / scale).clamp(-448, 448).to(torch.float8_e4m3fn).double() * scale.double()).flatten(1)
+
+
+def multiply_fp8(
+    ops: OpSet, size: tuple[int, int, int], tile: tuple[int, int] | None, dtype: torch.dtype, static: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As multiply, on sm_90."""
+    rows, columns, tokens = size
+    generator = torch.Generator().manual_seed(1)
+    weight = replace(floats_of(rows, columns, tile), input_scale=torch.tensor(0.004) if static else None)
+    x = torch.randn(tokens, columns, generator=generator).to(dtype)
+    x[0] = 0.0
+    bias = torch.randn(rows, generator=generator).to(dtype)
+    prepared = ops.prepare_quantized(weight, bias, dtype)
+    assert isinstance(prepared.data, Fp8Weight)
+    wide = replace(weight, scales=weight.scales.double()).dequantize(torch.float64)
+    exact = functional.linear(rounded(x, weight), wide, bias.double())
+    return ops.linear(x, prepared), exact, exact.float().to(dtype)
+
+
+@pytest.mark.parametrize("copies", ("early", "late"))
+@pytest.mark.parametrize("tile", ((128, 128), None), ids=str)
+@pytest.mark.parametrize("size", FP8_SIZES, ids=str)
+def test_products_of_8_bit_floats(
+    ops: OpSet, monkeypatch: pytest.MonkeyPatch, size: tuple[int, int, int], tile: tuple[int, int] | None, copies: str
+) -> None:
+    monkeypatch.setenv("EMULATOR_COPIES", copies)
+    dtype = torch.float16 if size[2] == 70 else torch.bfloat16
+    assert_as_exact(*multiply_fp8(ops, size, tile, dtype, static=size[2] == 70))
+
+
+def test_a_token_of_8_bit_floats_has_the_bits_that_it_has_alone(ops: OpSet) -> None:
+    prepared = ops.prepare_quantized(floats_of(130, 1664, (128, 128)), None, torch.bfloat16)
+    x = torch.randn(130, 1664, generator=torch.Generator().manual_seed(1)).bfloat16()
+    together = ops.linear(x, prepared)
+    for begin, end in ((0, 1), (129, 130), (40, 70)):
+        assert_bitwise_equal(ops.linear(x[begin:end], prepared), together[begin:end])
+
+
+@pytest.mark.parametrize("tile", ((16, 16), (128, 32)))
+def test_8_bit_floats_of_other_tiles_are_left_to_the_reference(ops: OpSet, tile: tuple[int, int]) -> None:
+    weight = floats_of(128, 128, tile)
+    prepared = ops.prepare_quantized(weight, None, torch.bfloat16)
+    assert_bitwise_equal(prepared.data, weight.dequantize(torch.bfloat16))
 
 
 @pytest.mark.parametrize("static", (False, True))

@@ -10,7 +10,7 @@ import torch
 
 from engines import discover, extension
 from engines.api import EngineSettings, Request, SamplingParams
-from engines.cpu.linear import PackedInt8
+from engines.cpu.linear import PackedInt8, PackedWeight
 from engines.cpu.offers import Config
 from engines.cpu.opset import OpSet as CpuOpSet
 from engines.formats import int8
@@ -53,11 +53,12 @@ def test_packed_products_are_the_references(
 
 
 @pytest.mark.skipif(not COMPILED, reason="the library is not built")
-def test_a_row_does_not_depend_on_the_others() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_does_not_depend_on_the_others(dtype: torch.dtype) -> None:
     ops = CpuOpSet()
-    weight = ops.prepare_quantized(int8.quantize(torch.randn(48, 80)), None, torch.bfloat16)
-    assert isinstance(weight.data, PackedInt8)
-    x = torch.randn(300, 80).bfloat16()
+    weight = ops.prepare_quantized(int8.quantize(torch.randn(48, 80)), None, dtype)
+    assert isinstance(weight.data, (PackedInt8, PackedWeight))
+    x = torch.randn(300, 80).to(dtype)
     whole = ops.linear(x, weight)
     for first, last in ((0, 1), (3, 10), (250, 300), (0, 256), (17, 273)):
         assert torch.equal(ops.linear(x[first:last], weight), whole[first:last])
@@ -101,6 +102,6 @@ def test_heads_stay_plain(tmp_path: Path) -> None:
     engine = load_engine(EngineSettings("cpu", str(tmp_path), "float32", config, quantization="int8"))
     model = engine.model
     kinds = {type(model.head.weight.data), type(model.layers[0].mlp.down_proj.weight.data)}  # type: ignore[attr-defined]
-    assert kinds == {torch.Tensor, PackedInt8 if COMPILED else Int8Weight}
+    assert kinds == {torch.Tensor, PackedInt8 if COMPILED else Int8Weight}, "float32 is not for the matrix unit"
     engine.submit([Request(0, "generate", [1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True))])
     engine.step()

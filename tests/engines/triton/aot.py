@@ -22,7 +22,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from engines.ops.quantized import Float8Weight, GroupedIntWeight, MXFP4Weight
-from engines.triton import activation, attention, kv_cache, linear, linear_kernels, norm, rotary, sampling
+from engines.triton import (
+    activation,
+    attention,
+    kv_cache,
+    linear,
+    linear_kernels,
+    moe,
+    moe_kernels,
+    norm,
+    rotary,
+    sampling,
+)
 from engines.triton.launch import power_of_two, warps
 from engines.triton.quantized import WIDTH, Even, Packed, pack_floats, pack_ints, pack_mxfp4
 
@@ -59,6 +70,8 @@ def builds(sm: int, group: str) -> Iterator[Build]:
         yield from packed(divmod(sm, 10))
     elif group == "even":
         yield from even(divmod(sm, 10))
+    elif group == "mixtures":
+        yield from mixtures()
     else:
         vocab = {"B": sampling.BLOCK}
         logits = {"logits_ptr": "*fp32"}
@@ -202,6 +215,27 @@ def even(sm: tuple[int, int]) -> Iterator[Build]:
             yield f"inputs {name}", linear_kernels.inputs_kernel, own, {"out_ptr": kind}, 4, 3
     own = {"SPLITS": 4, "B": linear.JOIN_BLOCK}
     yield "join", linear_kernels.join_kernel, own, {"parts_ptr": "*i32"}, 4, 3
+
+
+def mixtures() -> Iterator[Build]:
+    """What stands beside the products of a mixture, for 8 to 256 experts."""
+    for experts, groups, top_k, scoring in ((8, 1, 2, "softmax"), (160, 8, 6, "softmax"), (256, 8, 8, "sigmoid")):
+        own = {
+            "E": experts, "GROUPS": groups, "TOP_GROUPS": 4, "GROUPS_BLOCK": groups, "TOP_K": top_k, "SCORING": scoring,
+            "SIZE_BLOCK": power_of_two(experts // groups), "K_BLOCK": power_of_two(top_k), "NORMALIZE": True,
+        }  # fmt: skip
+        own |= {} if scoring == "sigmoid" else {"bias_ptr": None}
+        types = {"weights_ptr": "*fp32", "ids_ptr": "*i64", "bias_ptr": "*fp32"}
+        yield f"route {experts}", moe_kernels.route_kernel, own, types, 1, 3
+        width = power_of_two(experts)
+        chunk = moe.ONE_HOT // width
+        own, types = {"E_BLOCK": width, "CHUNK": chunk}, {"ids_ptr": "*i64", "counts_ptr": "*i32", "starts_ptr": "*i32"}
+        yield f"count {experts}", moe_kernels.count_kernel, own, types, 8, 3
+        yield f"place {experts}", moe_kernels.place_kernel, own, types, 8, 3
+        own = {"E_BLOCK": width, "BLOCK_T": 64, "ROWS": chunk, "B": chunk}
+        yield f"layout {experts}", moe_kernels.layout_kernel, own, types, 8, 3
+    own = {"TOP_K": 8, "B": moe.COMBINE_BLOCK}
+    yield "combine", moe_kernels.combine_kernel, own, {"weights_ptr": "*fp32"}, 4, 3
 
 
 def type_of(name: str, dtype: str, types: dict[str, str]) -> str:

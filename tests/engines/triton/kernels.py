@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from engines.batch import Batch
 from engines.ops import OpSet
+from engines.ops.moe import Projection
+from engines.ops.quantized import Float8Weight, GroupedIntWeight, Weight
 from tests.engines.cuda import kernels as cuda
 from tests.engines.cuda.kernels import BF16, Kernel, Work
 
+Make = Callable[[OpSet, torch.device, bool], Work]
 SOURCES = {
     "decode": ("attention.py", "flash.py", "launch.py"),
     "prefill": ("attention.py", "flash.py", "launch.py"),
@@ -20,6 +25,9 @@ SOURCES = {
     "rope": ("rotary.py", "launch.py"),
     "write_kv": ("kv_cache.py", "launch.py"),
     "sample": ("sampling.py", "launch.py"),
+    "w4a16": ("linear.py", "linear_kernels.py", "quantized.py", "launch.py"),
+    "w8a8": ("linear.py", "linear_kernels.py", "quantized.py", "launch.py"),
+    "experts": ("moe.py", "moe_kernels.py", "linear.py", "linear_kernels.py", "quantized.py", "launch.py"),
 }
 """By the first word of a kernel's name."""
 
@@ -43,6 +51,55 @@ def _layer_norm(ops: OpSet, device: torch.device, small: bool) -> Work:
     return Work(lambda: ops.layer_norm(x, weight, weight, 1e-6, residual), 3 * x.numel() * 2)
 
 
+def _float8(tokens: int) -> Make:
+    """An 8B model's largest product in tiles of 128 x 128, inputs in float8 where the GPU multiplies it."""
+
+    def make(ops: OpSet, device: torch.device, small: bool) -> Work:
+        rows, columns = (128, 256) if small else (14336, 4096)
+        count = 3 if small else tokens
+        data = torch.randn(rows, columns, device=device).to(torch.float8_e4m3fn)
+        scales = torch.rand(rows // 128, columns // 128, device=device)
+        prepared = ops.prepare_quantized(Float8Weight(data, scales, (128, 128)), None, BF16)
+        x = torch.randn(count, columns, dtype=BF16, device=device)
+        return Work(lambda: ops.linear(x, prepared), rows * columns + 2 * count * (rows + columns), _flops(x, rows))
+
+    return make
+
+
+def _experts(tokens: int, quantized: bool) -> Make:
+    """A layer of Qwen3-30B-A3B: 8 of 128 experts of 768, hidden size 2048. From 64 tokens on, all are used."""
+
+    def make(ops: OpSet, device: torch.device, small: bool) -> Work:
+        count, num_experts, inner, hidden = (3, 4, 64, 128) if small else (tokens, 128, 768, 2048)
+        top_k = 2 if small else 8
+
+        def projections(out: int, size: int) -> list[Projection]:
+            return [Projection(weight(out, size)) for _ in range(num_experts)]
+
+        def weight(out: int, size: int) -> Weight:
+            if not quantized:
+                return torch.randn(out, size, dtype=BF16, device=device)
+            groups = (out, size // 32)
+            codes = torch.randint(0, 16, (out, size), dtype=torch.uint8, device=device)
+            zeros = torch.full(groups, 8, dtype=torch.int16, device=device)
+            return GroupedIntWeight(codes, torch.rand(groups, device=device).half().float(), zeros, 4, 32)
+
+        experts = ops.prepare_experts(projections(2 * inner, hidden), projections(hidden, inner), BF16)
+        x = torch.randn(count, hidden, dtype=BF16, device=device)
+        weights, ids = torch.rand(count, num_experts, device=device).topk(top_k, dim=-1)
+        used = min(num_experts, count * top_k)
+        bits = 4.5 if quantized else 16.0
+        moved = used * 3 * hidden * inner * bits / 8 + 4 * x.numel()
+        flops = 6.0 * count * top_k * hidden * inner
+        return Work(lambda: ops.fused_experts(x, experts, weights, ids, "silu"), moved, flops)
+
+    return make
+
+
+def _flops(x: Tensor, out_features: int) -> float:
+    return 2.0 * x.numel() * out_features
+
+
 def _gather(ops: OpSet, device: torch.device, small: bool) -> Work:
     logits = torch.randn(3 if small else 1024, 128256, dtype=BF16, device=device)
     targets = torch.arange(len(logits), device=device)
@@ -58,4 +115,9 @@ KERNELS = (
     Kernel("encoder_attention 64 x 512", SOURCES["prefill"], _encoder, 0.3),
     Kernel("layer_norm 32768 x 768", SOURCES["add_rms_norm"], _layer_norm, 0.85),
     Kernel("log_softmax_gather 1024 x 128256", SOURCES["sample"], _gather, 0.8),
+    Kernel("fp8 4096 x 14336, batch 1", SOURCES["w4a16"], _float8(1), 0.75),
+    Kernel("fp8 4096 x 14336, batch 8192", SOURCES["w4a16"], _float8(8192), 0.9),
+    Kernel("experts 128 x 768, batch 64", SOURCES["experts"], _experts(64, False), 0.7),
+    Kernel("experts 128 x 768, batch 8192", SOURCES["experts"], _experts(8192, False), 0.4),
+    Kernel("experts in 4 bits, batch 64", SOURCES["experts"], _experts(64, True), 0.5),
 )

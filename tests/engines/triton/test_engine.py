@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from engines.load import load_engine
 from engines.models.spec import DecoderSpec
 from engines.ops import OpSet
 from tests.parity.checkpoints import make_checkpoint
+from tests.parity.fallback import CONFIGS
 
 LENGTHS = (5, 19, 1)
 NUM_TOKENS = 4
@@ -23,13 +25,16 @@ FAST = ("llama", "gemma2", "bert")
 NAMES = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in FAMILIES]
 
 
-def run(folder: Path, backend: str, decoder: bool, sampling: SamplingParams) -> list[Outcome]:
+def run(
+    folder: Path, backend: str, decoder: bool, sampling: SamplingParams, implementation: Any = "native"
+) -> list[Outcome]:
     """Outcomes in order. Prompts are cut into pieces, and the first two begin alike."""
     config = EngineConfig(
         max_model_len=64, block_size=8, max_num_batched_tokens=16 if decoder else 64, kv_cache_bytes=1 << 20
     )
     kind: Any = "generate" if decoder else "embed"
     settings = EngineSettings(backend, str(folder), "float32", config, kind, pooling=None if decoder else "mean")
+    settings = replace(settings, implementation=implementation)
     engine = load_engine(settings)
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(5, 60, (max(LENGTHS),), generator=generator).tolist()
@@ -84,3 +89,12 @@ def test_sampled_tokens_are_those_of_the_cpu_engine(ops: OpSet, tmp_path: Path) 
         assert [p.top_ids for p in own.logprobs] == [p.top_ids for p in other.logprobs]
         for a, b in zip(own.logprobs, other.logprobs, strict=True):
             assert a.logprob == pytest.approx(b.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "falcon_h1"])
+def test_models_of_transformers(ops: OpSet, name: str, tmp_path: Path) -> None:
+    """One whose attention goes to the kernels, with a head of 12, and one that keeps states of its own."""
+    make_checkpoint(CONFIGS[name], tmp_path)
+    greedy = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)
+    found, expected = (run(tmp_path, backend, True, greedy, "transformers") for backend in ("triton", "cpu"))
+    assert [o.token_ids for o in found] == [o.token_ids for o in expected]

@@ -22,10 +22,10 @@ NOT_YET = {"lora", "transformers_model"}
 """What the CPU engine has beyond this one."""
 
 
-def test_reference_ops_are_those_without_a_kernel() -> None:
+def test_ops_without_a_kernel_are_those_that_are_a_call_of_torchs() -> None:
     ops = OpSet()
     own = set(offers.OPS) - {"parallelism"}
-    assert {op for op in own if origin(ops, op) == "reference"} == offers.REFERENCE | TORCH
+    assert {op for op in own if origin(ops, op) == "reference"} == TORCH
 
 
 def test_what_the_cpu_engine_offers_is_offered() -> None:

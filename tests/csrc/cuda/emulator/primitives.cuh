@@ -47,12 +47,22 @@ template <class T> uint32_t subtract_pairs(uint32_t a, uint32_t b) {
 template <class T> uint32_t multiply_pairs(uint32_t a, uint32_t b) {
   return pack<T>(half_of<T>(a, 0) * half_of<T>(b, 0), half_of<T>(a, 1) * half_of<T>(b, 1));
 }
-inline uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t which) {
-  const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
-  uint32_t result = 0;
-  for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(both >> 8 * (which >> 4 * i & 7) & 0xFF) << 8 * i;
-  return result;
+// E4M3 (OCP OFP8 specification 1.0): exponent bias 7, no infinity, NaN where all bits below the sign are set.
+inline float e4m3_to_float(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  if ((bits & 127) == 127) return std::nanf("");
+  const float size = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(1.0f * mantissa, -9);
+  return bits & 128 ? -size : size;
 }
+inline uint32_t float_to_e4m3(float x) {
+  const uint32_t sign = std::signbit(x) ? 128 : 0;
+  if (std::isnan(x)) return sign | 127;
+  const float size = std::min(std::fabs(x), 448.0f);
+  const int exponent = size < std::ldexp(1.0f, -6) ? -6 : std::ilogb(size);
+  const int steps = static_cast<int>(std::nearbyint(std::ldexp(size, 3 - exponent)));  // 16: the next exponent
+  return sign | std::min(((exponent + 6) << 3) + steps, 126);
+}
+inline uint32_t pack_e4m3(float low, float high) { return float_to_e4m3(low) | float_to_e4m3(high) << 8; }
 inline float multiply(float a, float b) { volatile float c = a * b; return c; }
 inline float add(float a, float b) { volatile float c = a + b; return c; }
 
@@ -63,14 +73,13 @@ inline uint4 load_streaming(const void* from) {
   return *static_cast<const uint4*>(from);
 }
 
-template <int BYTES> void copy_async_short(void* to, const void* from, bool valid) {
-  if ((reinterpret_cast<uintptr_t>(to) | (valid ? reinterpret_cast<uintptr_t>(from) : 0)) % BYTES)
-    emulator::fail("an asynchronous copy of an address that its size does not divide");
-  const emulator::Copy copy{to, from, BYTES, emulator::thread->copy_group, valid};
+inline void copy_async(void* to, const void* from, bool valid) {
+  if ((reinterpret_cast<uintptr_t>(to) | (valid ? reinterpret_cast<uintptr_t>(from) : 0)) % 16)
+    emulator::fail("copy_async of an address that 16 does not divide");
+  const emulator::Copy copy{to, from, emulator::thread->copy_group, valid};
   if (emulator::copies_land_early()) emulator::land(copy);
   else emulator::thread->copies.push_back(copy);
 }
-inline void copy_async(void* to, const void* from, bool valid) { copy_async_short<16>(to, from, valid); }
 inline void copy_commit() { emulator::thread->copy_group++; }
 template <int N> void copy_wait() {
   emulator::Thread& own = *emulator::thread;

@@ -192,6 +192,38 @@ void start_product(float (&d)[N / 8][4], const uint32_t (&a)[4], uint64_t b, boo
   state.products[number].push_back({run, state.groups[number]});
 }
 
+// A value of a factor with k contiguous, as describe_tile has it.
+inline float e4m3_of(uint64_t tile, int row, int k) {
+  const char* base = reinterpret_cast<const char*>(emulator::block->shared) + (tile & 0x3FFF) * 16;
+  const int64_t stride = (tile >> 32 & 0x3FFF) * 16;
+  return e4m3_to_float(static_cast<uint8_t>(*sm90::swizzled(base + row / 8 * stride + row % 8 * 128 + k)));
+}
+
+template <int N> void start_product_e4m3(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool accumulate) {
+  emulator::sync_warp(~0u);
+  const int number = emulator::thread->number, row = number % 128 / 32 * 16 + emulator::lane() / 4;
+  const int column = emulator::lane() % 4 * 2;
+  float (*out)[4] = d;
+  const auto run = [=] {
+    float left[2][32];
+    for (int i = 0; i < 2; ++i)
+      for (int k = 0; k < 32; ++k) left[i][k] = e4m3_of(a, row + 8 * i, k);
+    for (int tile = 0; tile < N / 8; ++tile)
+      for (int j = 0; j < 2; ++j) {
+        float sum[2] = {accumulate ? out[tile][j] : 0.0f, accumulate ? out[tile][2 + j] : 0.0f};
+        for (int k = 0; k < 32; ++k) {
+          const float right = e4m3_of(b, tile * 8 + column + j, k);
+          for (int i = 0; i < 2; ++i) sum[i] += left[i][k] * right;
+        }
+        out[tile][j] = sum[0];
+        out[tile][2 + j] = sum[1];
+      }
+  };
+  if (emulator::copies_land_early()) return run();
+  sm90::State& state = sm90::state();
+  state.products[number].push_back({run, state.groups[number]});
+}
+
 template <int N> void fewer_registers() {}
 template <int N> void more_registers() {}
 

@@ -1,0 +1,81 @@
+"""The process of a rank that is not the first: it loads its part of the model and computes when the leader does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, cast
+
+import torch
+
+from engines.api import EngineSettings
+from engines.child import leave_signals_to_parent
+from engines.core.device import Device, out_of_memory
+from engines.core.model_runner import allocate_caches
+from engines.load import fitted, import_opset, prepare
+from engines.models.base import Cache, Model
+from engines.models.load import load_model
+from engines.ops import OpSet
+from engines.ops.kv_cache import KVDtype
+from engines.parallel.group import Group
+from engines.parallel.leader import Command, batch_of, payload_sizes
+from engines.parallel.place import Place
+from engines.weights import DTYPES
+
+if TYPE_CHECKING:
+    from torch.distributed import Store
+
+
+def serve(settings: EngineSettings, rank: int, store: Store, timeout: timedelta) -> None:
+    """Be the rank: returns when the leader is done or gone."""
+    leave_signals_to_parent()
+    group = Group(Place(rank, settings.tp, settings.ep), settings.numerics == "invariant")
+    ops = import_opset(settings.backend)()
+    prepare(settings)
+    group.join(store, settings.device, timeout)
+    with torch.inference_mode():
+        Follower(load_model(settings, ops, group), ops, settings, group).follow()
+    group.leave()
+
+
+class Follower:
+    """A rank's part of the model and of the caches."""
+
+    def __init__(self, model: Model, ops: OpSet, settings: EngineSettings, group: Group) -> None:
+        self._model, self._ops, self._settings, self._group = model, ops, settings, group
+        self._dtype, self._device = DTYPES[settings.dtype], torch.device(settings.device)
+        self._caches: list[Cache] = []
+
+    def follow(self) -> None:
+        """Do what the leader says until it says no more. What fails here is raised: the leader cannot go on alone."""
+        fitted(self._settings, self._model, self._ops, self._dtype, Device(self._device), self._group)
+        while True:
+            try:
+                command, *numbers = self._group.obey()
+            except RuntimeError:
+                return  # the leader has gone, and with it whoever wants to know
+            if command == Command.LEAVE:
+                return
+            self._do(command, numbers)
+
+    def _do(self, command: int, numbers: Sequence[int]) -> None:
+        if command == Command.ALLOCATE:
+            self._group.least(int(self._allocate(numbers[0])))
+        elif command == Command.FORWARD:
+            payload = torch.empty(sum(payload_sizes(numbers)), dtype=torch.int64, device=self._device)
+            self._model.forward(batch_of(numbers, self._group.share(payload)), self._caches)
+        elif command == Command.LOGITS:
+            rows = torch.empty(numbers[0], self._model.hidden_size, dtype=self._dtype, device=self._device)
+            self._model.logits(self._group.share(rows))
+
+    def _allocate(self, count: int) -> bool:
+        """Whether there was memory for the caches."""
+        config, self._caches = self._settings.config, []
+        kv_dtype = None if config.kv_dtype == "auto" else cast(KVDtype, config.kv_dtype)
+        where = (self._ops, count, config.block_size, self._dtype, self._device)
+        try:
+            self._caches = allocate_caches(self._model, *where, kv_dtype)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+        return bool(self._caches)

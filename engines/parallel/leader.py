@@ -1,0 +1,138 @@
+"""A model that several ranks hold, as the engine of the first rank sees it: one model."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from engines.batch import Batch, PrefixGroup
+from engines.models.base import Cache, Model
+from engines.parallel.group import Group, GroupError
+
+
+class Command(IntEnum):
+    """The first number of what a leader sends; what follows it."""
+
+    ALLOCATE = 0
+    """number of blocks: make the caches, and say with Group.least whether there was memory for them."""
+    FORWARD = 1
+    """`numbers_of` a batch; then the batch's own numbers with Group.share."""
+    LOGITS = 2
+    """number of rows; then the hidden states with Group.share."""
+    LEAVE = 3
+    """Nothing: the work is done."""
+
+
+class LeaderModel:
+    """Each call goes to all ranks. Satisfies engines.models.base.Model.
+
+    The scheduler, the sampler and the pooler are the leader's alone; every rank has its part of all caches.
+    """
+
+    def __init__(self, model: Model, group: Group) -> None:
+        self.spec, self.adapters, self.paged = model.spec, model.adapters, model.paged
+        self.vocab_size, self.hidden_size, self.max_model_len = model.vocab_size, model.hidden_size, model.max_model_len
+        self.num_cache_layers, self.num_kv_heads = model.num_cache_layers, model.num_kv_heads
+        self.head_dim, self.latent_rank = model.head_dim, model.latent_rank
+        self._model, self._group = model, group
+
+    def forward(self, batch: Batch, caches: list[Cache]) -> Tensor:
+        """Raises GroupError, after which the ranks are out of step."""
+        with _together():
+            self._group.command([Command.FORWARD, *numbers_of(batch)])
+            self._group.share(payload_of(batch))
+            return self._model.forward(batch, caches)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Raises GroupError, after which the ranks are out of step."""
+        with _together():
+            self._group.command([Command.LOGITS, len(hidden)])
+            return self._model.logits(self._group.share(hidden.contiguous()))
+
+    def classify(self, hidden: Tensor) -> Tensor:
+        return self._model.classify(hidden)
+
+    def context_key(self, num_prompt_tokens: int, num_tokens: int) -> int:
+        return self._model.context_key(num_prompt_tokens, num_tokens)
+
+    def release(self, seq_id: int) -> None:
+        self._model.release(seq_id)
+
+    def close(self) -> None:
+        self._group.command([Command.LEAVE])
+        self._group.leave()
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """What fails on one rank cannot be tried again: the others are in the middle of it."""
+    try:
+        yield
+    except Exception as error:
+        raise GroupError(f"{type(error).__name__}: {error}; in a step of several ranks") from error
+
+
+def numbers_of(batch: Batch) -> list[int]:
+    """What a follower must know of a batch to receive it."""
+    tables, outputs = batch.block_tables, batch.output_indices
+    groups = [n for group in batch.prefix_groups for n in (len(group.seqs), group.num_blocks)]
+    return [
+        batch.num_tokens,
+        batch.num_seqs,
+        batch.max_seqlen_q,
+        batch.max_seqlen_k,
+        0 if tables is None else tables.shape[1],
+        -1 if outputs is None else len(outputs),
+        int(batch.adapter_ids is not None),
+        int(batch.context_keys is not None),
+        *groups,
+    ]
+
+
+def payload_of(batch: Batch) -> Tensor:
+    """All tensors of a batch as one, int64, in the order of `batch_of`."""
+    fields = (
+        batch.token_ids,
+        batch.positions,
+        batch.slot_mapping,
+        batch.cu_seqlens_q,
+        batch.seq_lens,
+        batch.block_tables,
+        batch.output_indices,
+        batch.adapter_ids,
+        batch.context_keys,
+        *(group.seqs for group in batch.prefix_groups),
+    )
+    return torch.cat([field.flatten().long() for field in fields if field is not None])
+
+
+def payload_sizes(numbers: Sequence[int]) -> list[int]:
+    """Of each tensor in the payload; 0 where there is none."""
+    tokens, seqs, _, _, width, outputs, adapters, keys, *groups = numbers
+    sizes = [tokens, tokens, tokens, seqs + 1, seqs, seqs * width, max(outputs, 0), tokens * adapters, seqs * keys]
+    return [*sizes, *groups[::2]]
+
+
+def batch_of(numbers: Sequence[int], payload: Tensor) -> Batch:
+    """The batch of which these are `numbers_of` and `payload_of`."""
+    _, _, longest_q, longest_k, width, num_outputs, has_adapters, has_keys, *groups = numbers
+    parts = payload.split(payload_sizes(numbers))
+    tokens, positions, slots, offsets, lengths, tables, outputs, adapters, keys, *members = parts
+    return Batch(
+        token_ids=tokens,
+        positions=positions,
+        cu_seqlens_q=offsets.int(),
+        seq_lens=lengths.int(),
+        max_seqlen_q=longest_q,
+        max_seqlen_k=longest_k,
+        slot_mapping=slots,
+        block_tables=tables.view(-1, width).int(),
+        output_indices=None if num_outputs < 0 else outputs,
+        prefix_groups=tuple(PrefixGroup(m.int(), n) for m, n in zip(members, groups[1::2], strict=True)),
+        adapter_ids=adapters if has_adapters else None,
+        context_keys=keys if has_keys else None,
+    )
