@@ -33,7 +33,7 @@ QUANTIZED: dict[str, Allowed] = {
     "desc_act": YES,
     "version": one_of("gemm", "GEMM"),
     "format": ANYTHING,
-    "activation_scheme": one_of("dynamic", "static"),
+    "activation_scheme": ANYTHING,
     "weight_block_size": ANYTHING,
 }
 """Nothing is dequantized at load. float8 meets inputs of float8 from sm 8.9 on, and inputs as they are below. Triton
@@ -57,9 +57,9 @@ OPS: dict[str, dict[str, Allowed]] = {
     "encoder_attention": HEADS,
     "act": {"dtype": DTYPES, "activation": one_of("silu", "gelu", "gelu_tanh", "relu")},
     "act_and_mul": {"dtype": DTYPES, "activation": one_of("silu", "gelu", "gelu_tanh", "relu", "swiglu_oai")},
-    "softcap": {},
-    "sample": {},
-    "apply_penalties": {},
+    "softcap": {"dtype": DTYPES},
+    "sample": {"dtype": DTYPES},
+    "apply_penalties": {"dtype": DTYPES},
     "log_softmax_gather": {},
     "top_logprobs": {},
     "parallelism": {name: Allowed(ge=1) for name in ("tp", "dp", "ep")},

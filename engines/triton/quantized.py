@@ -115,10 +115,10 @@ def stack_ints(weights: Sequence[Int8Weight]) -> Even:
 
 
 def stack_floats(weights: Sequence[Float8Weight]) -> Even | None:
-    """For inputs that are rounded to float8. None where sums cannot be scaled once for BLOCK_K columns. All of one
-    shape and tile."""
+    """For inputs that are rounded to float8. None where columns do not come in groups of BLOCK_K. All of one shape and
+    tile."""
     group_size, columns = weights[0].tile[1], weights[0].shape[1]
-    if group_size % BLOCK_K and group_size < columns:
+    if columns % BLOCK_K or (group_size % BLOCK_K and group_size < columns):
         return None
     scales = _filled([weight.by_row().scales.float().T for weight in weights])
     data = _filled([weight.data.view(torch.uint8) for weight in weights]).view(torch.float8_e4m3fn)

@@ -145,8 +145,8 @@ def rounded(x: Tensor, weight: Float8Weight) -> Tensor:
     ("weight", "num_tokens"),
     [
         (float8(40, 384, (128, 128), False), 5),
-        (float8(200, 1100, (128, 128), False), 1),
-        (float8(24, 300, (24, 300), True), 3),
+        (float8(200, 1152, (128, 128), False), 1),
+        (float8(24, 384, (24, 384), True), 3),
         (float8(40, 512, (1, 512), False), 70),
     ],
     ids=lambda value: f"{value.tile}" if isinstance(value, Float8Weight) else str(value),
@@ -163,8 +163,9 @@ def test_float8_inputs(ops: Reference, weight: Float8Weight, num_tokens: int, dt
     assert_as_exact(ops.linear(x, prepared), exact, meant.to(dtype) @ weight.dequantize(dtype).T)
 
 
-def test_float8_with_small_tiles_meets_inputs_as_they_are(ops: Reference, h200: None) -> None:
-    assert isinstance(ops.prepare_quantized(float8(32, 128, (32, 64), False), None, BF16).data, Packed)
+@pytest.mark.parametrize(("columns", "tile"), [(128, (32, 64)), (300, (128, 128)), (96, (1, 96))])
+def test_other_float8_meets_inputs_as_they_are(ops: Reference, columns: int, tile: tuple[int, int], h200: None) -> None:
+    assert isinstance(ops.prepare_quantized(float8(32, columns, tile, False), None, BF16).data, Packed)
 
 
 def test_a_token_of_zeros(ops: Reference, h200: None) -> None:

@@ -70,10 +70,12 @@ def weight_of(kind: str, out: int, size: int, expert: int) -> QuantizedWeight:
     return made.rows((torch.arange(out) + expert) % out)
 
 
-def experts_of(make: Callable[[int, int, int], Any], bias: bool) -> tuple[list[Projection], list[Projection]]:
+def experts_of(
+    make: Callable[[int, int, int], Any], bias: bool, inner: int = INNER
+) -> tuple[list[Projection], list[Projection]]:
     generator = torch.Generator().manual_seed(9)
     made: list[list[Projection]] = [[], []]
-    for (out, size), projections in zip(((2 * INNER, HIDDEN), (HIDDEN, INNER)), made, strict=True):
+    for (out, size), projections in zip(((2 * inner, HIDDEN), (HIDDEN, inner)), made, strict=True):
         for expert in range(EXPERTS):
             offset = torch.randn(out, generator=generator).to(BF16) if bias else None
             projections.append(Projection(make(out, size, expert), offset))
@@ -126,11 +128,11 @@ def test_plain_experts_in_large_tiles(ops: Reference, num_tokens: int, h200: Non
 
 def test_experts_with_float8_inputs(ops: Reference, h200: None) -> None:
     """Against the same products one by one: what float8 inputs do to a product is tested there."""
-    gate_up, down = experts_of(lambda out, size, expert: weight_of("fp8 128", out, size, expert), bias=False)
+    gate_up, down = experts_of(lambda out, size, expert: weight_of("fp8 128", out, size, expert), False, inner=128)
     x, weights, ids = routed(6)
     x = x.to(BF16)
     prepared = ops.prepare_experts(gate_up, down, BF16)
-    assert isinstance(prepared.data.gate_up, Even)
+    assert isinstance(prepared.data.gate_up, Even) and isinstance(prepared.data.down, Even)
     one_by_one = Reference.prepare_experts(ops, gate_up, down, BF16)
     expected = Reference.fused_experts(ops, x, one_by_one, weights, ids, "silu")
     found = ops.fused_experts(x, prepared, weights, ids, "silu")
