@@ -1,10 +1,12 @@
-"""Checks and times every GPU kernel: `python -m tests.gpu`. One command, under nine minutes, no network.
+"""Checks and times every GPU kernel and the engines: `python -m tests.gpu`, under nine minutes, no network.
 
     python -m tests.gpu --only attention      cases and kernels with this in their name
+    python -m tests.gpu --parts decode        check, kernels, decode, requests, sanitizer
     python -m tests.gpu --interpret           Triton's kernels on the processor, small: that the command works
 
-The ledger, engines/gpu_ledger.json, is what was seen on GPUs: one entry for each kernel, with the hash of its sources.
-A run on a processor writes none. Exit code 1: a case failed, or something was left out for lack of time.
+Each part is a process with a share of the time; what one leaves the next ones have. The ledger,
+engines/gpu_ledger.json, is what was seen on GPUs: one entry for each kernel, with the hash of its sources, written
+after each part. A run on a processor writes none. Exit code 1: a case failed, or time ran out.
 """
 
 from __future__ import annotations
@@ -12,13 +14,12 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
-import importlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +27,27 @@ from engines.gpu_ledger import FILE as LEDGER
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"triton": ROOT / "engines/triton", "cuda": ROOT / "csrc/cuda"}
+SHARES = {"check": 0.35, "kernels": 0.2, "decode": 0.15, "requests": 0.2, "sanitizer": 0.1}
+"""Of the time, by part."""
+ENDING_S = 10.0
+"""A part is told to be done so long before it is ended."""
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="cases and kernels whose name contains this")
+    parser.add_argument("--parts", nargs="+", choices=tuple(SHARES), help="all; with --only check and kernels")
     parser.add_argument("--backends", nargs="+", choices=tuple(FOLDERS), default=list(FOLDERS))
     parser.add_argument("--interpret", action="store_true", help="on the processor; writes no ledger")
     parser.add_argument("--seconds", type=float, default=480.0, help="stop before this; 480")
     parser.add_argument("--no-build", action="store_true", help="take the CUDA library as it is")
     asked = parser.parse_args()
+    deadline = time.time() + asked.seconds
+    asked.parts = asked.parts or (["check", "kernels"] if asked.only else list(SHARES))
     if asked.interpret:
         os.environ["TRITON_INTERPRET"] = "1"
         asked.backends = ["triton"]
+        asked.parts = [part for part in asked.parts if part != "sanitizer"]
     import torch
 
     if not asked.interpret and not torch.cuda.is_available():
@@ -46,56 +55,55 @@ def main() -> int:
         return 2
     if "cuda" in asked.backends and not asked.no_build:
         subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, check=True)
-    return run(asked, torch.device("cpu" if asked.interpret else "cuda:0"))
+    return int(run(asked, "cpu" if asked.interpret else "cuda:0", deadline))
 
 
-def run(asked: argparse.Namespace, device: Any) -> int:
-    from tests.gpu import checking, timing
-
-    deadline = time.time() + asked.seconds
+def run(asked: argparse.Namespace, device: str, deadline: float) -> bool:
+    """Whether something failed."""
     failed = False
-    entries: dict[str, dict[str, Any]] = {}
-    with ExitStack() as stack:
-        if asked.interpret:
-            from tests.engines.triton.interpreter import repaired
-
-            stack.enter_context(repaired())
-        limits = timing.ceilings(device)
-        print(f"copy {limits.bytes_s / 1e12:.3f} TB/s, bfloat16 product {limits.flops_s / 1e12:.1f} TFLOP/s")
-        for backend in asked.backends:
-            # Half of the time for correctness, shared by those that are still to come.
-            left = (deadline - time.time()) / 2 / (len(asked.backends) - asked.backends.index(backend))
-            findings = checking.check_all(backend, str(device), asked.only, left)
-            wrong = [finding for finding in findings if finding.problem]
-            expected = checking.count(backend, asked.only)
-            print(f"{backend}: {len(findings) - len(wrong)} of {expected} cases hold")
-            for finding in wrong:
-                print(f"  {finding.case} {finding.dtype}: {finding.problem}")
-            failed |= bool(wrong) or len(findings) < expected
-            worst: dict[str, float] = {}
-            for finding in findings:
-                op = finding.case.split("-")[0]
-                worst[op] = max(worst.get(op, 0.0), finding.error)
-            for timed in times(backend, asked, device, limits, deadline):
-                print(f"  {timed.name:40} {timed.time_s * 1e6:10.1f} us  {timed.fraction:6.1%}  (bar {timed.bar:.0%})")
-                entries[f"{backend}: {timed.name}"] = entry(backend, timed, worst)
-    if device.type == "cuda":
-        write(entries, device, limits)
-    return int(failed)
+    errors: dict[str, dict[str, float]] = {}
+    # Every engine's correctness before any figure.
+    todo = [(part, backend) for part in SHARES if part in asked.parts for backend in asked.backends]
+    for number, (part, backend) in enumerate(todo):
+        weight = SHARES[part] / sum(SHARES[other] for other, _ in todo[number:])
+        seconds = (deadline - time.time()) * weight
+        if seconds <= 0:
+            print(f"{backend}, {part}: left out, no time")
+            failed = True
+            continue
+        print(f"{backend}, {part}: at most {seconds:.0f} s", flush=True)
+        result = one(part, backend, device, asked.only, seconds)
+        failed |= result["failed"]
+        for line in result["lines"]:
+            print(f"  {line}")
+        if result["ceilings"]:
+            print(
+                "    at " + ", ".join(f"{name} {value:.3f}" for name, value in result["ceilings"].items()), flush=True
+            )
+        errors.setdefault(backend, {}).update(result["errors"])
+        if device != "cpu" and result["entries"]:
+            entries = {f"{backend}: {n}": entry(backend, n, e, errors[backend]) for n, e in result["entries"].items()}
+            write(entries, device, result["ceilings"])
+    return failed
 
 
-def times(backend: str, asked: argparse.Namespace, device: Any, limits: Any, deadline: float) -> list[Any]:
-    """Kernels first, then whole steps; what the deadline leaves."""
-    from tests.gpu import timing
-
-    ops = importlib.import_module(f"engines.{backend}.opset").OpSet()
-    results = []
-    for kernel in importlib.import_module(f"tests.engines.{backend}.kernels").KERNELS:
-        if asked.only in kernel.name and time.time() < deadline:
-            results.append(timing.time_kernel(kernel, ops, device, limits))
-    if asked.only in "decode step of 8B" and time.time() < deadline:
-        results += timing.time_decoding(ops, device, limits, (1, 64) if device.type == "cuda" else (2,))
-    return results
+def one(part: str, backend: str, device: str, only: str, seconds: float) -> dict[str, Any]:
+    """The result of a part; one that ends without leaving any has failed, and its last lines say how."""
+    nothing = {"failed": True, "ceilings": {}, "entries": {}, "errors": {}}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        command = [sys.executable, "-W", "ignore", "-m", "tests.gpu.parts", part, "--backend", backend]
+        command += ["--device", device, "--only", only, "--seconds", str(max(seconds - ENDING_S, seconds / 2))]
+        command += ["--result", str(file)]
+        try:
+            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
+        except subprocess.TimeoutExpired:
+            return {**nothing, "lines": [f"ended after its {seconds:.0f} s"]}
+        if not file.exists():
+            said = (done.stdout + done.stderr).splitlines()[-15:]
+            return {**nothing, "lines": [f"ended with status {done.returncode}", *said]}
+        found: dict[str, Any] = json.loads(file.read_text())
+        return found
 
 
 OPS = {
@@ -108,22 +116,22 @@ OPS = {
 """What a kernel's name begins with, where it is not the op."""
 
 
-def entry(backend: str, timed: Any, worst: dict[str, float]) -> dict[str, Any]:
+def entry(backend: str, name: str, found: dict[str, Any], worst: dict[str, float]) -> dict[str, Any]:
     """largest_error: of all cases of the kernel's op, in every dtype."""
-    first = timed.name.split()[0]
-    files = [FOLDERS[backend] / name for name in timed.sources] or sorted(FOLDERS[backend].glob("*.*"))
+    own = [FOLDERS[backend] / file for file in found.pop("own")] or sorted(FOLDERS[backend].glob("*.*"))
+    core = sorted(file for pattern in found.pop("core") for file in (ROOT / "engines").glob(pattern))
+    first = name.split()[0]
     return {
-        "time_us": round(timed.time_s * 1e6, 2),
-        "fraction": round(timed.fraction, 4),
-        "bar": timed.bar,
+        **found,
         "largest_error": worst.get(OPS.get(first, first)),
-        "sources": hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16],
+        "sources": hashlib.sha256(b"".join(file.read_bytes() for file in [*own, *core])).hexdigest()[:16],
     }
 
 
-def write(entries: dict[str, dict[str, Any]], device: Any, limits: Any) -> None:
+def write(entries: dict[str, dict[str, Any]], device: str, ceilings: dict[str, float]) -> None:
     """Into the ledger, over what it has of the same kernels."""
     import torch
+    import transformers
     import triton
 
     program = subprocess.run(
@@ -135,13 +143,15 @@ def write(entries: dict[str, dict[str, Any]], device: Any, limits: Any) -> None:
         "driver": program.stdout.splitlines()[0] if program.returncode == 0 else None,
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "copy_tb_s": round(limits.bytes_s / 1e12, 3),
-        "bf16_tflop_s": round(limits.flops_s / 1e12, 1),
+        "transformers": transformers.__version__,
+        **{name: round(value, 3) for name, value in ceilings.items()},
     }
     known = json.loads(LEDGER.read_text())
     known.update({name: {**where, **values} for name, values in entries.items()})
-    LEDGER.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
-    print(f"wrote {len(entries)} entries to {LEDGER.relative_to(ROOT)}")
+    partial = LEDGER.with_suffix(".partial")
+    partial.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+    partial.replace(LEDGER)
+    print(f"    wrote {len(entries)} entries to {LEDGER.relative_to(ROOT)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -55,15 +55,25 @@ def moved(value: Any, device: torch.device) -> Any:
     return value
 
 
-def count(backend: str, only: str) -> int:
+def count(backend: str, only: str, one_each: bool = False) -> int:
     """Cases that there are."""
-    return len(chosen(backend, importlib.import_module(f"engines.{backend}.opset").OpSet(), only))
+    found = chosen(backend, importlib.import_module(f"engines.{backend}.opset").OpSet(), only)
+    return len(firsts(found) if one_each else found)
 
 
-def check_all(backend: str, device: str, only: str, seconds: float) -> list[Finding]:
-    """What was checked within so many seconds; a process for every two processors."""
+def firsts(found: list[tuple[Case, torch.dtype]]) -> list[tuple[Case, torch.dtype]]:
+    """The first case of each op in each dtype: the generator begins with plain ones."""
+    seen: dict[tuple[str, torch.dtype], tuple[Case, torch.dtype]] = {}
+    for case, dtype in found:
+        seen.setdefault((str(case).split("-")[0], dtype), (case, dtype))
+    return list(seen.values())
+
+
+def check_all(backend: str, device: str, only: str, deadline: float, one_each: bool = False) -> list[Finding]:
+    """What was checked by the deadline (of time.time): by a process for every two processors, or with one_each here."""
+    if one_each:
+        return check(backend, device, only, 0, 1, deadline, one_each)
     parts = max(1, min(8, (os.cpu_count() or 2) // 2))
-    deadline = time.time() + seconds
     with ProcessPoolExecutor(parts, mp_context=get_context("spawn")) as pool:
         dealt: Sequence[Any] = [
             pool.submit(check, backend, device, only, part, parts, deadline) for part in range(parts)
@@ -71,16 +81,19 @@ def check_all(backend: str, device: str, only: str, seconds: float) -> list[Find
         return sorted((f for job in dealt for f in job.result()), key=lambda finding: finding.case)
 
 
-def check(backend: str, device: str, only: str, part: int, parts: int, deadline: float) -> list[Finding]:
-    """Every parts-th case from `part` on, until the deadline (of time.time)."""
+def check(
+    backend: str, device: str, only: str, part: int, parts: int, deadline: float, one_each: bool = False
+) -> list[Finding]:
+    """Every parts-th case from `part` on, until the deadline."""
     with ExitStack() as stack:
         if device == "cpu":
             from tests.engines.triton.interpreter import repaired
 
             stack.enter_context(repaired())
         ops = importlib.import_module(f"engines.{backend}.opset").OpSet()
+        found = chosen(backend, ops, only)
         findings = []
-        for case, dtype in chosen(backend, ops, only)[part::parts]:
+        for case, dtype in (firsts(found) if one_each else found)[part::parts]:
             if time.time() > deadline:
                 break
             findings.append(_check(ops, case, dtype, torch.device(device)))

@@ -6,13 +6,16 @@ import json
 import os
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from engines.gpu_ledger import FILE as LEDGER
 from tests.engines.triton.kernels import KERNELS
-from tests.gpu.__main__ import FOLDERS, ROOT
+from tests.gpu import parts
+from tests.gpu.__main__ import FOLDERS, ROOT, entry, one
 from tests.gpu.timing import SMALL, Kernel, decoder
 
 
@@ -34,7 +37,9 @@ def test_under_the_interpreter() -> None:
 def test_what_the_deadline_leaves_out_is_a_failure() -> None:
     done = run("--interpret", "--only", "write_kv", "--seconds", "0")
     assert done.returncode == 1
-    assert "0 of 9 cases hold" in done.stdout
+    assert "triton, check: left out, no time" in done.stdout
+    found = parts.check(parts.Asked("triton", "cpu", "write_kv", 0.0, False))
+    assert found.failed and found.lines == ["0 of 9 cases hold"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -45,10 +50,47 @@ def test_without_a_gpu_it_says_so() -> None:
 
 
 @pytest.mark.slow
-def test_decoding_is_timed() -> None:
-    done = run("--interpret", "--only", "decode")
+def test_engines_are_timed() -> None:
+    """Small, on the processor; transformers' continuous batching too."""
+    done = run("--interpret", "--parts", "decode", "requests")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "decode step of 8B, batch 2" in done.stdout
+    assert "decode step of 8B, batch 2" in done.stdout and "host time of a decode step of 8B" in done.stdout
+    assert "6 requests of 8B" in done.stdout and "transformers' continuous batching: " in done.stdout
+
+
+def test_a_part_that_dies_or_hangs_costs_that_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    died = one("check", "no such backend", "cpu", "", 60.0)
+    assert died["failed"] and died["lines"][0] == "ended with status 1"
+    hung = one("check", "triton", "cpu", "", 0.05)
+    assert hung["failed"] and hung["lines"] == ["ended after its 0 s"]
+
+
+def test_the_sanitizer_is_run_on_one_case_of_each_op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in for the program: runs what it is given, and sums up as compute-sanitizer does."""
+    program = tmp_path / parts.SANITIZER
+    asked = parts.Asked("triton", "cpu", "write_kv", time.time() + 100, False)
+    for errors in (0, 3):
+        program.write_text(
+            '#!/bin/sh\nwhile [ $1 != --error-exitcode ]; do shift; done\nshift 2\n"$@"\n'
+            f"echo ========= ERROR SUMMARY: {errors} errors\nexit {86 if errors else 0}\n"
+        )
+        program.chmod(0o755)
+        monkeypatch.setattr(parts, "_paths", lambda: [str(tmp_path)])
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+        found = parts.sanitizer(asked)
+        assert found.failed is (errors > 0), found.lines
+        assert found.lines[0] == "compute-sanitizer: 3 of 3 cases hold"
+        assert found.lines[1] == f"compute-sanitizer: ERROR SUMMARY: {errors} errors"
+    monkeypatch.setattr(parts, "_paths", list)
+    assert parts.sanitizer(asked).lines == ["left out: compute-sanitizer is not installed"]
+
+
+def test_an_entry_of_the_ledger_changes_with_the_sources() -> None:
+    found = {"time_us": 1.0, "fraction": 0.5, "bar": 1.0}
+    own = entry("triton", "rms_norm", {**found, "core": (), "own": ("norm.py",)}, {"rms_norm": 0.25})
+    assert own["largest_error"] == 0.25
+    whole = entry("triton", "rms_norm", {**found, "core": ("core/*.py",), "own": ()}, {})
+    assert len({own["sources"], whole["sources"]}) == 2 and whole["largest_error"] is None
 
 
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.name)
@@ -58,9 +100,9 @@ def test_kernels_name_sources_that_there_are(kernel: Kernel) -> None:
 
 
 def test_the_ledger_holds_what_gpus_have_shown() -> None:
-    for name, entry in json.loads(LEDGER.read_text()).items():
+    for name, seen in json.loads(LEDGER.read_text()).items():
         assert name.split(":")[0] in FOLDERS
-        assert {"date", "device", "driver", "torch", "time_us", "fraction", "sources"} <= set(entry)
+        assert {"date", "device", "driver", "torch", "time_us", "fraction", "sources"} <= set(seen)
 
 
 def test_the_timed_model_has_the_sizes_it_says() -> None:

@@ -1,4 +1,4 @@
-"""Times on a device: its own limits, kernels against them, and decoding with an 8B-shaped model."""
+"""Times on a device: its own limits, and kernels against them. Random weights for models of any shape."""
 
 from __future__ import annotations
 
@@ -9,10 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from engines.api import EngineConfig, Request, SamplingParams
 from engines.checkpoint import Checkpoint
-from engines.core.device import Device
-from engines.core.engine import LLMEngine
 from engines.formats import dense
 from engines.models import llama
 from engines.models.decoder import Decoder
@@ -92,37 +89,3 @@ def decoder(spec: DecoderSpec, ops: OpSet, device: torch.device, max_model_len: 
     weights = RandomWeights(checkpoint, llama.CHECKPOINT, torch.bfloat16, device)
     with torch.inference_mode():
         return Decoder(spec, "logits", max_model_len, weights, dense, ops)
-
-
-def time_decoding(ops: OpSet, device: torch.device, limits: Ceilings, batches: tuple[int, ...]) -> list[Timed]:
-    """Steps of an engine that decodes so many sequences, each about 500 tokens long, against the bytes of weights and
-    cache.
-    """
-    spec, prompt, steps = (LLAMA_8B, 500, 64) if device.type == "cuda" else (SMALL, 5, 3)
-    model = decoder(spec, ops, device, 1024)
-    results = []
-    for count in batches:
-        config = EngineConfig(max_model_len=1024, max_num_seqs=count, max_num_batched_tokens=8192, block_size=32)
-        engine = LLMEngine(model, ops, config, count * 32, torch.bfloat16, Device(device))
-        sampling = SamplingParams(max_tokens=steps + 8, ignore_eos=True)
-        engine.submit(
-            [Request(i, "generate", [(i * 31 + j * 7) % 500 for j in range(prompt)], sampling) for i in range(count)]
-        )
-        while engine.stats().num_output_tokens < count * 4:
-            engine.step()
-        begin, before = time.perf_counter(), engine.stats()
-        for _ in range(steps):
-            engine.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        seconds = (time.perf_counter() - begin) / steps
-        drawn = engine.stats().num_output_tokens - before.num_output_tokens
-        assert drawn == steps * count, f"{drawn} tokens in {steps} steps of {count}"
-        matrices = 2 * spec.num_key_value_heads * spec.head_dim * spec.hidden_size + 2 * spec.hidden_size**2
-        matrices += 3 * spec.hidden_size * spec.intermediate_size
-        moved = 2 * (matrices * spec.num_hidden_layers + spec.vocab_size * spec.hidden_size)
-        cached = 2 * 2 * spec.num_key_value_heads * spec.head_dim * spec.num_hidden_layers * (prompt + steps // 2)
-        least = (moved + count * cached) / limits.bytes_s
-        results.append(Timed(f"decode step of 8B, batch {count}", seconds, least / seconds, 0.75))
-        engine.close()
-    return results
