@@ -195,6 +195,8 @@ class EngineSettings:
     """Ranks that hold a copy of the model together."""
     ep: int = 1
     """Ranks that a layer's experts are spread over."""
+    launch: Literal["spawn", "srun", "torchrun"] = "spawn"
+    """Who starts the other ranks: the first one, or something that has started all of them."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables that the engine's process has besides its parent's, as for which accelerators it sees."""
     trust_remote_code: bool = False

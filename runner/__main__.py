@@ -130,11 +130,18 @@ def _run(job: JobConfig) -> int:
         found = status(output, job)
         _print(mask(found.text()))
         return found.exit_code
+    from runner.parallel import own_rank
     from runner.plan import make_plan
 
+    rank = own_rank(job)
     plan = make_plan(job)
     if job.mode == "plan":
         _print(mask(plan.text()))
+        return 0
+    if rank > 0:
+        from engines.parallel.launch import follow_world
+
+        follow_world(plan.settings)
         return 0
     from runner.job import run
 

@@ -62,6 +62,9 @@ class ParallelismConfig:
     ep: int = bounded(1, ge=1)
     """Expert parallel: devices that a layer's experts are spread over, of the tp * dp that there are; a divisor or a
     multiple of tp."""
+    launch: str = bounded("spawn", choices=("spawn", "srun", "torchrun"))
+    """spawn: this process starts those of the other devices, all on its own machine. srun, torchrun: one process for
+    each device was started by that, on one machine or several, each with this same command."""
 
 
 @dataclass(frozen=True)
@@ -363,6 +366,12 @@ def _run_findings(job: JobConfig) -> Iterator[str]:
             "0); correct it"
         )
     yield from parallel.findings(job.parallelism.tp, job.parallelism.dp, job.parallelism.ep)
+    if job.parallelism.launch != "spawn" and job.parallelism.dp > 1:
+        yield (
+            f"parallelism.launch: {job.parallelism.launch} with dp={job.parallelism.dp}; expected one copy of the "
+            "model for the processes that were started; set dp=1, and share the rows between jobs with shard.count or "
+            "shard.sharing"
+        )
     if job.parallelism.ep > job.parallelism.tp and job.mode != "plan":
         yield (
             f"parallelism.ep: {job.parallelism.ep} with tp={job.parallelism.tp}: copies of the model that share "

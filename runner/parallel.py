@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, cast
 
 from engines.models.spec import DecoderSpec
 from engines.parallel.place import Place, held_spec
+from engines.parallel.world import Launch, world
+from runner.errors import ConfigError
+
+if TYPE_CHECKING:
+    from runner.config import JobConfig
 
 
 @dataclass(frozen=True)
@@ -84,6 +91,27 @@ def findings(tp: int, dp: int, ep: int) -> Iterator[str]:
             f"parallelism.ep: {ep}; expected a multiple of tp, as copies of the model share experts as a whole: "
             f"{ep} / {tp} leaves {ep % tp}; correct it"
         )
+
+
+def own_rank(job: JobConfig) -> int:
+    """This process's among those that srun or torchrun has started; 0, who does the job, where none has.
+
+    Raises ConfigError when they are not as many as the job has devices.
+    """
+    launch = job.parallelism.launch
+    if launch == "spawn" or job.mode != "run":
+        return 0
+    try:
+        here = world(cast(Launch, launch), os.environ)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    layout = Layout(job.parallelism.tp, job.parallelism.dp, job.parallelism.ep)
+    if here.size != layout.num_devices:
+        raise ConfigError(
+            f"parallelism.launch: {launch} has started {here.size} processes; expected tp * dp = {layout.tp} * "
+            f"{layout.dp} = {layout.num_devices}, one for each device; correct one of the two"
+        )
+    return here.rank
 
 
 def visible_devices(devices: Sequence[int], seen: str | None) -> str:

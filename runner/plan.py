@@ -193,6 +193,7 @@ def resolve(job: JobConfig, checkpoint: Checkpoint, host: Host, kind: Kind, thro
         adapters=job.model.adapters,
         tp=job.parallelism.tp,
         ep=job.parallelism.ep,
+        launch=job.parallelism.launch,  # type: ignore[arg-type]
         trust_remote_code=spec is None and not through_transformers,
     )
     on_cpu, layout = chosen.engine == "cpu", layout_of(job)
@@ -412,7 +413,8 @@ def _verdict(
         notes += [f"{text} ({', '.join(offer.notes)})" if offer.notes else text for text in slow]
     layout = layout_of(job)
     missed += in_the_way(spec, layout.tp, layout.ep, quantization_of(job, checkpoint))
-    if not on_cpu and not offer.blockers and layout.num_devices > host.num_devices:
+    here = job.parallelism.launch == "spawn"
+    if here and not on_cpu and not offer.blockers and layout.num_devices > host.num_devices:
         missed.append(
             f"parallelism: tp * dp = {layout.tp} * {layout.dp} = {layout.num_devices} devices; {host.name} has "
             f"{host.num_devices}"

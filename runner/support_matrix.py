@@ -61,6 +61,8 @@ DEVICE_EVIDENCE = {
         for name, platform in platforms().items()
         if name != "cuda"
     },
+    "Several GPUs (tp, dp, ep)": (SIMULATED, "several processes on a processor, over gloo: tests/parallel; never NCCL"),
+    "Several nodes (srun, torchrun)": (SIMULATED, "two processes on one machine: tests/parallel/test_world.py"),
     "Python 3.11, torch 2.13, transformers 5.23": (TESTED, "all tests run with them"),
     "Python 3.10, 3.12, 3.13": (UNTESTED, "constraints.txt resolves for them; nothing was run"),
     "torch 2.11, 2.12": (UNTESTED, "the compiled libraries use nothing newer; nothing was run"),

@@ -216,6 +216,11 @@ class Worker:
             self._ended_in_loading(reason, killed)
             return []
         self._note_output(last=True)
+        if self._settings.launch != "spawn":
+            raise EngineError(
+                f"{self._name}: the process {reason}, and with it the ranks that {self._settings.launch} has started; "
+                "finished rows are kept: run the same command again to go on"
+            )
         suspects, others = self._suspects()
         self._supervision.say(
             f"{self._name}: the process {reason}; starting it again"
@@ -445,7 +450,7 @@ def each_worker(settings: EngineSettings, layout: Layout, device: str) -> list[E
 
     device: the host's, as configurations call it.
     """
-    if layout.num_devices == 1:
+    if layout.num_devices == 1 or settings.launch != "spawn":
         return [settings]
     if settings.device != "cpu":
         visible = platform.platforms()[device].visible

@@ -17,9 +17,10 @@ from engines.api import EngineSettings
 from engines.child import die_with_parent
 from engines.parallel.group import ALONE, Group
 from engines.parallel.place import Place
+from engines.parallel.world import world
 
 if TYPE_CHECKING:
-    from torch.distributed import Store
+    from torch.distributed import Store, TCPStore
 
 TIMEOUT = timedelta(minutes=30)
 """Longest that ranks wait for each other in a step, or while one of them still reads its weights."""
@@ -52,19 +53,28 @@ class Ranks:
 def start(settings: EngineSettings) -> Ranks:
     """The ranks of an engine; the caller is the first. The others import what they need until they meet.
 
-    To be called by the process's main thread: they are killed when it ends.
+    To be called by the process's main thread: they are killed when it ends. Raises ValueError as `world` does.
     """
     place = Place(0, settings.tp, settings.ep)
     if place.size == 1:
         return Ranks(ALONE, settings)
-    from torch.distributed import TCPStore
-
+    group = Group(place, settings.numerics == "invariant")
+    if settings.launch != "spawn":
+        here = world(settings.launch, os.environ)
+        return Ranks(group, settings, _store(here.address, here.port, place.size, first=True))
     if settings.device == "cpu":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo" if sys.platform == "linux" else "lo0")
-    store = TCPStore("127.0.0.1", 0, place.size, is_master=True, wait_for_workers=False, timeout=TIMEOUT)
+    store = _store("127.0.0.1", 0, place.size, first=True)
     followers = [_start_follower(settings, rank, store.port) for rank in range(1, place.size)]
     threading.Thread(target=_watch, args=(followers,), name="watch followers", daemon=True).start()
-    return Ranks(Group(place, settings.numerics == "invariant"), settings, store, followers)
+    return Ranks(group, settings, store, followers)
+
+
+def _store(address: str, port: int, size: int, first: bool) -> TCPStore:
+    """Where ranks meet; the first one keeps it."""
+    from torch.distributed import TCPStore
+
+    return TCPStore(address, port, size, is_master=first, wait_for_workers=False, timeout=TIMEOUT)
 
 
 def _start_follower(settings: EngineSettings, rank: int, port: int) -> subprocess.Popen[bytes]:
@@ -78,15 +88,26 @@ def _start_follower(settings: EngineSettings, rank: int, port: int) -> subproces
 def follow(settings: EngineSettings, rank: int, port: int) -> None:
     """Be a follower that its leader has started."""
     die_with_parent()
-    from torch.distributed import TCPStore
+    _follow(settings, rank, rank, _store("127.0.0.1", port, max(settings.tp, settings.ep), first=False))
 
+
+def follow_world(settings: EngineSettings) -> None:
+    """Be a follower that was started from outside. Returns when the leader is done or gone."""
+    here = world(settings.launch, os.environ)
+    store = _store(here.address, here.port, here.size, first=False)
+    _follow(settings, here.rank, here.local_rank, store)
+
+
+def _follow(settings: EngineSettings, rank: int, device: int, store: Store) -> None:
+    """device: of those that this process sees, unless it sees its own only."""
     from engines.parallel.follower import serve
 
     if settings.device != "cpu":
         import torch
 
-        torch.get_device_module(settings.device).set_device(rank)
-    serve(settings, rank, TCPStore("127.0.0.1", port, is_master=False, timeout=TIMEOUT), TIMEOUT)
+        module = torch.get_device_module(settings.device)
+        module.set_device(device if module.device_count() > 1 else 0)
+    serve(settings, rank, store, TIMEOUT)
 
 
 def _watch(followers: Sequence[subprocess.Popen[bytes]]) -> None:
