@@ -24,9 +24,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kCacheBytes = 512 * 1024;              // of rows that go together: the second-level cache has 2 MiB
+constexpr int64_t kCacheBytes = 1280 * 1024;             // of rows that go together: the second-level cache has 2 MiB
 constexpr int64_t kLeastRows = 64, kMostRows = 256;     // that go together: fewer read weights too often
 constexpr int64_t kFewRows = 64;                        // up to so many a thread, threads share the weights, not the rows
+constexpr int64_t kWide = 16384;                        // outputs of a vocabulary: its rows lie a page and more apart
 constexpr int64_t kTurns = 4;                           // parts of the weights that a thread takes, one after the other
 
 int64_t ceil(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -115,6 +116,8 @@ struct Chunks {
   int64_t last(int64_t i) const { return std::min(rows, (i + 1) * size); }
 };
 
+int64_t rows_together(int64_t bytes) { return std::clamp(kCacheBytes / bytes, kLeastRows, kMostRows); }
+
 bool few(int64_t rows) { return rows <= kFewRows * torch::stable::get_num_threads(); }
 
 void multiply(const Product& product, int64_t rows) {
@@ -125,8 +128,7 @@ void multiply(const Product& product, int64_t rows) {
       amx::multiply(product, 0, rows, blocks * i / parts, blocks * (i + 1) / parts, scratch);
     });
   }
-  const int64_t most = std::clamp(kCacheBytes / product.k, kLeastRows, kMostRows);
-  const Chunks chunks(rows, most, threads);
+  const Chunks chunks(rows, rows_together(product.k), threads);
   deal(chunks.count, room, [&](int64_t i, char* scratch) {
     amx::multiply(product, chunks.first(i), chunks.last(i), 0, product.blocks(), scratch);
   });
@@ -173,6 +175,7 @@ Tensor linear_packed(const Tensor& x, const Tensor& packed, const OptionalTensor
   product.x_scales = static_cast<const float*>(checked(x_scales, ScalarType::Float, rows, "x_scales"));
   Tensor out = torch::stable::new_empty(x, {rows, out_features}, ScalarType::BFloat16);
   product.out = static_cast<char*>(out.mutable_data_ptr());
+  product.streams = out_features >= kWide && out_features % (2 * kStrip) == 0 && reinterpret_cast<uintptr_t>(product.out) % 64 == 0;
   if (rows && out_features) multiply(product, rows);
   return out;
 }
@@ -212,7 +215,7 @@ void run(const Mlp& mlp, const char* x, int64_t x_stride, char* out, int64_t row
     multiply(Mlp::of(mlp.up, x, x_stride, mlp.up_scale, rows, codes.get(), inner.get()), rows);
     return multiply(Mlp::of(mlp.down, inner.get(), mlp.inner_bytes(), mlp.down_scale, rows, codes.get(), out), rows);
   }
-  const Chunks chunks(rows, kMostRows, threads);
+  const Chunks chunks(rows, rows_together(mlp.inner_bytes()), threads);
   const int64_t inner_bytes = ceil(chunks.size * mlp.inner_bytes(), 64) * 64;
   deal(chunks.count, scratch + inner_bytes + mlp.code_bytes(chunks.size), [&](int64_t i, char* room) {
     const int64_t first = chunks.first(i), count = chunks.last(i) - first;

@@ -26,6 +26,7 @@ struct Product {
   int64_t n, steps;       // the weight's outputs; ceil(k / kStepInputs)
   bool activated, gated;
   Activation activation;
+  bool streams;  // results, whole lines, go past the cache: not gated, n a multiple of 32, out aligned to 64
 
   int64_t strip_bytes() const { return steps * kTileBytes; }
   int64_t strips() const { return (n + 2 * kStrip - 1) / (2 * kStrip) * 2; }

@@ -74,7 +74,9 @@ struct Epilogue {
       low = activation(product.activation, rounded(low));
       high = activation(product.activation, rounded(high));
     }
-    _mm512_mask_storeu_epi16(out, masks[0] | static_cast<__mmask32>(masks[1]) << 16, (__m512i)_mm512_cvtne2ps_pbh(high, low));
+    const __m512i result = (__m512i)_mm512_cvtne2ps_pbh(high, low);
+    if (product.streams) _mm512_stream_si512(reinterpret_cast<__m512i*>(out), result);
+    else _mm512_mask_storeu_epi16(out, masks[0] | static_cast<__mmask32>(masks[1]) << 16, result);
   }
 };
 
@@ -194,6 +196,7 @@ void multiply(const Product& product, int64_t first_row, int64_t last_row, int64
   const Tiles tiles{TileConfig()};
   const auto run = product.number == Number::bf16 ? multiply_number<Number::bf16> : multiply_number<Number::s8>;
   run(product, first_row, last_row, first, last, scratch);
+  if (product.streams) _mm_sfence();
 }
 
 void pack(char* to, const char* weight, int64_t n, int64_t k, int64_t first, int64_t last) {

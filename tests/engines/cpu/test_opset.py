@@ -147,7 +147,9 @@ def test_a_block_table_that_is_too_short_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("num_tokens", (0, 1, 3, 130))
-@pytest.mark.parametrize(("out_features", "in_features", "bias"), ((576, 192, False), (37, 33, True), (1, 1, True)))
+@pytest.mark.parametrize(
+    ("out_features", "in_features", "bias"), ((576, 192, False), (37, 33, True), (1, 1, True), (16416, 33, True))
+)
 def test_linear_is_as_exact_as_the_reference(
     dtype: torch.dtype, num_tokens: int, out_features: int, in_features: int, bias: bool
 ) -> None:
