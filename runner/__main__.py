@@ -193,8 +193,8 @@ def _sweep(hydra: Hydra, name: str, overrides: list[str]) -> int:
     folder = _composing(lambda: hydra.compose_config(name, overrides, RunMode.MULTIRUN).hydra.sweep.dir)
     try:
         batches = _composing(lambda: hydra.multirun(config_name=name, task_function=run_one, overrides=overrides))
-    except RuntimeError as error:
-        if not type(error).__module__.startswith("submitit."):
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("submitit", "ray"):
             raise
         raise Interrupted(
             f"hydra/launcher: {_one_line(error)[:500]}; expected a result of every job; look at its log in {folder}, "

@@ -21,6 +21,7 @@ from runner.source import open_source
 from runner.status import merge, status
 from runner.storage import LEASES_FOLDER, Storage
 from runner.verify import verify
+from tests.bench.sharing import simulate
 from tests.fake_engine import FakeEngine
 from tests.runner.output.cases import FINGERPRINT
 from tests.runner.output.test_large_ledger import part
@@ -220,6 +221,12 @@ def test_four_workers_make_one_output(tmp_path: Path) -> None:
     requests = [engine.num_requests for engine in engines]
     assert sum(requests) == 1950 and min(requests) > 0
     assert not any((Path(summaries[0].folder) / "leases").iterdir())
+
+
+def test_many_workers_commit_each_chunk_once(tmp_path: Path) -> None:
+    """The bookkeeping alone, as `python -m tests.bench sharing` measures it: a second commit of a chunk would fail."""
+    figures = simulate(str(tmp_path / "job"), 40, 6)
+    assert figures["chunks"] == 40 and figures["most_chunks_of_one_worker"] < 30
 
 
 def test_the_rows_of_a_worker_that_left_are_not_computed_again(tmp_path: Path) -> None:
