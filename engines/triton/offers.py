@@ -57,6 +57,7 @@ OPS: dict[str, dict[str, Allowed]] = {
     "encoder_attention": HEADS,
     "act": {"dtype": DTYPES, "activation": one_of("silu", "gelu", "gelu_tanh", "relu")},
     "act_and_mul": {"dtype": DTYPES, "activation": one_of("silu", "gelu", "gelu_tanh", "relu", "swiglu_oai")},
+    "lora": {"dtype": DTYPES},
     "softcap": {"dtype": DTYPES},
     "sample": {"dtype": DTYPES},
     "apply_penalties": {"dtype": DTYPES},

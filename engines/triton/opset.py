@@ -5,7 +5,7 @@ and the most probable tokens.
 from __future__ import annotations
 
 from engines import ops
-from engines.triton import activation, attention, kv_cache, linear, moe, norm, rotary, sampling
+from engines.triton import activation, attention, kv_cache, linear, lora, moe, norm, rotary, sampling
 
 
 class OpSet(ops.OpSet):
@@ -15,6 +15,7 @@ class OpSet(ops.OpSet):
     add_rms_norm = staticmethod(norm.add_rms_norm)
     layer_norm = staticmethod(norm.layer_norm)
     rope = staticmethod(rotary.rope)
+    lora = staticmethod(lora.lora)
     write_kv = staticmethod(kv_cache.write_kv)
     write_quantized_kv = staticmethod(kv_cache.write_quantized_kv)
     write_latent = staticmethod(kv_cache.write_latent)

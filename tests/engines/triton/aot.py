@@ -28,6 +28,7 @@ from engines.triton import (
     kv_cache,
     linear,
     linear_kernels,
+    lora,
     moe,
     moe_kernels,
     norm,
@@ -64,6 +65,8 @@ def builds(sm: int, group: str) -> Iterator[Build]:
             ("latent", 576),
         ):
             yield from cached(divmod(sm, 10), kind, head_dim)
+    elif group == "adapters":
+        yield from adapters()
     elif group == "elementwise":
         yield from elementwise()
     elif group == "packed":
@@ -119,6 +122,16 @@ def cached(sm: tuple[int, int], kind: str, head_dim: int) -> Iterator[Build]:
         own = {"BLOCK_SIZE": 32, "HEADS": 8, "HEADS_BLOCK": 8, "D": head_dim, "D_BLOCK": block, "KIND": kind}
         types = {"k_codes_ptr": "*u8", "v_codes_ptr": "*u8", "slots_ptr": "*i64"}
         yield f"write {kind} {head_dim}", kv_cache.write_quantized_kv_kernel, own, types, warps(8 * block), 3
+
+
+def adapters() -> Iterator[Build]:
+    types = {"ids_ptr": "*i64", "parts_ptr": "*fp32"}
+    for tokens, rank in ((16, 8), (16, 64), (32, 192)):
+        block, features = min(64, power_of_two(rank, 16)), 4096
+        own = {"SIZE": features, "RANK": rank, "BLOCK_T": tokens, "BLOCK_R": block}
+        down = {**own, "PIECE": lora.PIECE, "BLOCK_K": 64}
+        yield f"shrink {tokens} x {rank}", lora.shrink_kernel, down, types, 4, 3
+        yield f"expand {tokens} x {rank}", lora.expand_kernel, {**own, "BLOCK_N": 64}, types, 4, 2
 
 
 def constants(kind: str, head_dim: int, options: dict[str, bool]) -> dict[str, Any]:

@@ -16,9 +16,9 @@ SHARED = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
 """Shared memory that a block may have, by compute capability (CUDA C++ programming guide, table of capabilities)."""
 REGISTERS = 65536
 """Of a multiprocessor."""
-GROUPS = ("attention", "cache", "elementwise", "sampling", "packed", "even", "mixtures")
+GROUPS = ("attention", "cache", "adapters", "elementwise", "sampling", "packed", "even", "mixtures")
 EVERYTHING = [(sm, group, "") for sm in (80, 90, 120) for group in GROUPS]
-MATRIX = ("prefill", "encoder", "decode", "product", "experts")
+MATRIX = ("prefill", "encoder", "decode", "shrink", "expand", "product", "experts")
 """First words of the names of kernels that multiply matrices."""
 
 

@@ -21,8 +21,6 @@ from tests.engines.formats.checkpoints import VARIANTS
 
 H200 = Host("this", "cuda", compute_capability=(9, 0), triton=True)
 TORCH = {"head_linear", "embedding", "top_logprobs"}
-NOT_YET = {"lora"}
-"""What the CPU engine has beyond this one."""
 SIZES: dict[str, tuple[int | str, ...]] = {
     "head_dim": (1, 64, 80, 96, 128, 192, 256),
     "rotary_dim": (2, 32, 64, 128, 256),
@@ -65,7 +63,7 @@ def missing(others: Mapping[str, Mapping[str, Allowed]], own: Mapping[str, Mappi
 
 
 def test_what_the_cpu_engine_offers_is_offered() -> None:
-    assert set(missing(cpu.OPS, offers.OPS)) <= NOT_YET
+    assert missing(cpu.OPS, offers.OPS) == []
 
 
 def test_what_the_cuda_engine_offers_is_offered() -> None:
