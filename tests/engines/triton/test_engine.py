@@ -16,6 +16,7 @@ from engines.formats import mxfp4
 from engines.load import load_engine
 from engines.models.spec import DecoderSpec
 from engines.ops import OpSet
+from tests.engines.adapters import write_adapter
 from tests.engines.formats.checkpoints import VARIANTS, Variant, write
 from tests.parity.checkpoints import make_checkpoint
 from tests.parity.fallback import CONFIGS
@@ -35,22 +36,35 @@ def run(
     sampling: SamplingParams,
     implementation: Any = "native",
     quantization: str | None = None,
+    kv_dtype: Any = "auto",
+    adapters: dict[str, str] | None = None,
 ) -> list[Outcome]:
-    """Outcomes in order. Prompts are cut into pieces, and the first two begin alike."""
+    """Outcomes in order. Prompts are cut into pieces, and the first two begin alike. Each has the next of the adapters,
+    and then none.
+    """
     config = EngineConfig(
-        max_model_len=64, block_size=8, max_num_batched_tokens=16 if decoder else 64, kv_cache_bytes=1 << 20
-    )
+        max_model_len=64, block_size=8, max_num_batched_tokens=16 if decoder else 64, kv_cache_bytes=1 << 20,
+        kv_dtype=kv_dtype,
+    )  # fmt: skip
+    names = [*(adapters or {}), *[None] * len(LENGTHS)]
     kind: Any = "generate" if decoder else "embed"
     settings = EngineSettings(
         backend, str(folder), "float32", config, kind, pooling=None if decoder else "mean",
-        implementation=implementation, quantization=quantization,
+        implementation=implementation, quantization=quantization, adapters=adapters or {},
     )  # fmt: skip
     engine = load_engine(settings)
     generator = torch.Generator().manual_seed(3)
     tokens = torch.randint(5, 60, (max(LENGTHS),), generator=generator).tolist()
     engine.submit(
         [
-            Request(i, kind, [*tokens[: length - 1], 7 + i], sampling if decoder else None, stream=i * 1_000_003)
+            Request(
+                i,
+                kind,
+                [*tokens[: length - 1], 7 + i],
+                sampling if decoder else None,
+                stream=i * 1_000_003,
+                adapter=names[i],
+            )
             for i, length in enumerate(LENGTHS)
         ]
     )
@@ -139,6 +153,38 @@ def test_gpt_oss_in_mxfp4_gives_the_tokens_of_the_cpu_engine(ops: OpSet, tmp_pat
 def test_quantization_at_load_gives_the_tokens_of_the_cpu_engine(ops: OpSet, family: str, tmp_path: Path) -> None:
     make_checkpoint(FAMILIES[family].tiny_config(), tmp_path)
     assert_same_tokens(tmp_path, "int8")
+
+
+@pytest.mark.parametrize("kv_dtype", ["int4", *(pytest.param(d, marks=pytest.mark.slow) for d in ("int8", "fp8"))])
+def test_quantized_caches(ops: OpSet, kv_dtype: str, tmp_path: Path) -> None:
+    make_checkpoint(FAMILIES["llama"].tiny_config(), tmp_path)
+    greedy = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0)
+    found, expected = (run(tmp_path, backend, True, greedy, kv_dtype=kv_dtype) for backend in ("triton", "cpu"))
+    assert [o.token_ids for o in found] == [o.token_ids for o in expected]
+    exact = run(tmp_path, "cpu", True, greedy)
+    assert logprobs(found) != pytest.approx(logprobs(exact), abs=1e-5), "the cache is not quantized"
+    assert logprobs(found) == pytest.approx(logprobs(expected), abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("deepseek_v2", marks=pytest.mark.slow)])
+def test_adapters(ops: OpSet, family: str, tmp_path: Path) -> None:
+    """Two of different ranks and a text without one, in one batch."""
+    make_checkpoint(FAMILIES[family].tiny_config(), tmp_path / "base")
+    weights = load_file(tmp_path / "base" / "model.safetensors")
+    modules = [name.removesuffix(".weight") for name in weights if name.endswith(("q_proj.weight", "o_proj.weight"))]
+    for name, rank, some in (("a", 5, modules), ("b", 8, modules[:1])):
+        write_adapter(tmp_path / name, weights, some, rank, seed=rank)
+    adapters = {name: str(tmp_path / name) for name in "ab"}
+    greedy = SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True, logprobs=0)
+    found, expected = (run(tmp_path / "base", b, True, greedy, adapters=adapters) for b in ("triton", "cpu"))
+    assert [o.token_ids for o in found] == [o.token_ids for o in expected]
+    assert logprobs(found) == pytest.approx(logprobs(expected), abs=1e-3)
+    plain = run(tmp_path / "base", "cpu", True, greedy)
+    assert [a.token_ids == b.token_ids for a, b in zip(found, plain, strict=True)] == [False, False, True]
+
+
+def logprobs(outcomes: list[Outcome]) -> list[float]:
+    return [token.logprob for outcome in outcomes for token in outcome.logprobs or ()]
 
 
 def test_sampled_tokens_are_those_of_the_cpu_engine(ops: OpSet, tmp_path: Path) -> None:
