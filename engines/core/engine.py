@@ -356,9 +356,12 @@ class LLMEngine:
     @torch.inference_mode()
     def capture(self, budget_bytes: int) -> None:
         """Capture decode steps as graphs, in so much memory; notes say what came of it. Before the first step."""
-        note = self.runner.graphs.capture(budget_bytes) if self.runner.graphs is not None else None
+        if self.runner.graphs is None:
+            return
+        note = self.runner.graphs.capture(budget_bytes)
         if note is not None:
             self.notes.append(note)
+        self.scheduler.patient = bool(self.runner.graphs.sizes)
 
     def stats(self) -> EngineStats:
         return EngineStats(
