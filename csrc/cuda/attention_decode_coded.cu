@@ -16,7 +16,7 @@ template <class Function> void with_form(Form form, const Function& function) {
 }  // namespace
 
 void launch_decode_coded(ScalarType type, int head_dim, int grid_x, const Place& place, const AttentionParams& params) {
-  with_half(type, [&]<class Tagged>(Tagged) {
+  with_half(type, "q", [&]<class Tagged>(Tagged) {
     with_head_dim(head_dim, [&](auto size) {
       with_form(params.form, [&](auto form) {
         using Tile = CodedTile<typename Tagged::type, size.value, form.value>;
