@@ -24,15 +24,6 @@ constexpr __host__ __device__ int kv_width(Form form, int head_dim) {  // bytes 
 constexpr float kSmallestScale = 0x1p-100f;
 constexpr float kLargestE4M3 = 448.0f;
 
-// |x| <= 448, to nearest, ties to even; NaN stays NaN.
-__device__ __forceinline__ uint8_t to_e4m3(float x) {
-  const uint32_t bits = float_bits(x), sign = bits >> 24 & 0x80, size = bits & 0x7FFFFFFF;
-  if (size > 0x7F800000) return static_cast<uint8_t>(sign | 0x7F);
-  if (size < 0x3C800000)  // below 2^-6: a multiple of 2^-9
-    return static_cast<uint8_t>(sign | static_cast<uint32_t>(rintf(bits_float(size) * 512.0f)));
-  return static_cast<uint8_t>(sign | (((size + 0x7FFFF + (size >> 20 & 1)) >> 20) - (120 << 3)));
-}
-
 // Scale and offset of a vector whose numbers lie between low and high; NaN where one of them is.
 struct KvScale {
   float scale, offset;
@@ -50,7 +41,7 @@ __device__ __forceinline__ uint8_t kv_code(Form form, float x, KvScale by) {
   const float least = form == Form::fp8 ? -kLargestE4M3 : 0.0f;
   const float code = (x - by.offset) / by.scale, rounded = form == Form::fp8 ? code : rintf(code);
   const float within = rounded > most ? most : rounded < least ? least : rounded;
-  return form == Form::fp8 ? to_e4m3(within) : static_cast<uint8_t>(within);
+  return static_cast<uint8_t>(form == Form::fp8 ? pack_e4m3(within, 0.0f) & 0xFF : static_cast<uint32_t>(within));
 }
 
 // ---- from codes ----
