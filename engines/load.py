@@ -40,7 +40,7 @@ def load_engine(
     weights, a step of one token or one block of KV cache do not fit.
     """
     prepare(settings)
-    ops = import_opset(settings.backend)()
+    ops = make_opset(settings)
     dtype, device = DTYPES[settings.dtype], Device(torch.device(settings.device))
     with torch.inference_mode():
         model = _load_weights(settings, ops, device, group)
@@ -90,12 +90,7 @@ class Fit:
 def fitted(settings: EngineSettings, model: Model, ops: OpSet, dtype: torch.dtype, device: Device, group: Group) -> Fit:
     """To be called on every rank of a group: the largest step is theirs together."""
     config, reserved, notes = _sized(settings, model, ops, dtype, device, group)
-    if isinstance(config, GPUConfig) and config.decode_graphs and group.place.size > 1:
-        # A replay is one rank's own: the others would not hear of the step.
-        config = replace(config, decode_graphs=False)
-        notes.append("decode steps are launched kernel by kernel: they are not captured over several ranks")
-    captures = isinstance(config, GPUConfig) and config.decode_graphs
-    graphs = min(GRAPH_BYTES, device.free_bytes() // 20) if captures else 0
+    graphs = min(GRAPH_BYTES, device.free_bytes() // 20) if getattr(config, "decode_graphs", False) else 0
     free = device.free_bytes() - reserved - graphs
     count = group.least(num_blocks(model, config, dtype, free, not device.overlaps))
     return Fit(config, count, graphs, notes)
@@ -171,10 +166,11 @@ def _sized(
         notes.append(f"no memory for a step of {2 * tokens} tokens: going on with max_num_batched_tokens={tokens}")
 
 
-def import_opset(backend: str) -> type[OpSet]:
-    """The op set of a backend, imported with all that it takes: what of loading needs no checkpoint."""
-    opset: type[OpSet] = importlib.import_module(f"engines.{backend}.opset").OpSet
-    return opset
+def make_opset(settings: EngineSettings) -> OpSet:
+    """The op set of the settings' engine."""
+    ops = import_opset(settings.backend)()
+    ops.invariant = settings.numerics == "invariant"
+    return ops
 
 
 def num_blocks(model: Model, config: EngineConfig, dtype: torch.dtype, free: int, on_cpu: bool = True) -> int:
@@ -194,3 +190,9 @@ def num_blocks(model: Model, config: EngineConfig, dtype: torch.dtype, free: int
             f"{config.block_size} tokens; free memory, or make block_size smaller"
         )
     return count
+
+
+def import_opset(backend: str) -> type[OpSet]:
+    """The op set of a backend, imported with all that it takes: what of loading needs no checkpoint."""
+    opset: type[OpSet] = importlib.import_module(f"engines.{backend}.opset").OpSet
+    return opset

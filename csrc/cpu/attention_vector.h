@@ -85,6 +85,9 @@ template <Type type> inline Float widen(Uint half) {
 
 template <Type type> inline Float load_wide(const char* from) {
   if constexpr (type == Type::f32) return load<Float>(from);
+#if defined(__F16C__)
+  else if constexpr (type == Type::f16) return from_f16(load<Short>(from));
+#endif
   else return widen<type>(__builtin_convertvector(load<Short>(from), Uint));
 }
 

@@ -41,20 +41,31 @@ class PackedInt8:
     input_scale: Tensor | None
 
 
-def prepare_linear(weight: Tensor, bias: Tensor | None) -> LinearWeight:
-    """As the reference. bfloat16 is packed for the matrix unit, or by oneDNN for AVX512-BF16, where there is one.
+@dataclass(frozen=True)
+class PanelWeight:
+    """Side by side in panels for vectors (csrc/cpu/panels.h): float32, float16 or bfloat16, as the inputs are."""
 
-    Packed products take a half to nine tenths of the time. float32 and float16 stay as they are: packing them gains
-    nothing that can be told from noise.
+    data: Tensor
+
+
+def prepare_linear(self: OpSet, weight: Tensor, bias: Tensor | None) -> LinearWeight:
+    """As the reference. With the compiled library weights are packed: bfloat16 for the matrix unit, others for vectors.
+
+    bfloat16 without a matrix unit is oneDNN's, where that has instructions for it: its products are invariant as well.
+    torch's own float32 products are not: what a row's bits are depends on how many rows there are. They are a sixth
+    faster for long prompts, and taken where that is what is wanted, or nothing was compiled.
     """
-    if weight.dtype != torch.bfloat16 or not weight.numel():
+    sizes = weight.shape[1], weight.shape[0]
+    if not weight.numel() or weight.dtype == torch.float64:
         return reference.prepare_linear(weight, bias)
-    if _has_matrix_unit():
-        packed = PackedWeight(torch.ops.cpu_ops.pack_weight(weight.contiguous()))
-        return LinearWeight(packed, bias, weight.shape[1], weight.shape[0])
-    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        reordered = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None)
-        return LinearWeight(reordered, bias, weight.shape[1], weight.shape[0])
+    compiled, bf16 = extension.reason() is None, weight.dtype == torch.bfloat16
+    if bf16 and compiled and _has_matrix_unit():
+        return LinearWeight(PackedWeight(torch.ops.cpu_ops.pack_weight(weight.contiguous())), bias, *sizes)
+    if bf16 and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return LinearWeight(torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), None), bias, *sizes)
+    if compiled and (self.invariant or weight.dtype != torch.float32):
+        extension.load()
+        return LinearWeight(PanelWeight(torch.ops.cpu_ops.pack_panels(weight.contiguous())), bias, *sizes)
     return reference.prepare_linear(weight, bias)
 
 
@@ -75,11 +86,14 @@ def prepare_quantized(self: OpSet, weight: QuantizedWeight, bias: Tensor | None,
 def linear(x: Tensor, weight: LinearWeight) -> Tensor:
     """As the reference, but that oneDNN's sums of integers for bfloat16 are rounded before and after the token's scale.
 
-    A token's bits do not depend on the others, in bfloat16 and with integers.
+    A token's bits do not depend on the others, but for float32 that is not packed.
     """
     data = weight.data
     if isinstance(data, PackedWeight):
         return _packed_linear(x, data, weight.bias, weight.out_features)
+    if isinstance(data, PanelWeight):
+        panels: Tensor = torch.ops.cpu_ops.linear_panels(x, data.data, weight.bias, weight.out_features)
+        return panels
     if isinstance(data, PackedInt8):
         return _int8_linear(x, data, weight.bias, weight.out_features)
     if not (isinstance(data, Tensor) and data.is_mkldnn):
@@ -148,8 +162,6 @@ def _sums(codes: Tensor, weight: PackedInt8, dtype: torch.dtype) -> Tensor:
 
 
 def _has_matrix_unit() -> bool:
-    """Whether the compiled library multiplies on it."""
-    if extension.reason() is not None:
-        return False
+    """Whether the compiled library, which must have been built, multiplies on it."""
     extension.load()
     return bool(torch.ops.cpu_ops.packs_weights())

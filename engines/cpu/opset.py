@@ -13,7 +13,7 @@ from engines.cpu import attention, linear, memory
 class OpSet(ops.OpSet):
     """oneDNN for products; the compiled library's ops where it was built, else attention on plain torch."""
 
-    prepare_linear = staticmethod(linear.prepare_linear)
+    prepare_linear = linear.prepare_linear
     prepare_quantized = linear.prepare_quantized
     mlp = linear.mlp
     linear = staticmethod(linear.linear)

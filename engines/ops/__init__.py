@@ -15,6 +15,9 @@ class OpSet:
     Ops that are made of others (experts of products and activations) take those of the same op set.
     """
 
+    invariant: bool = True
+    """Whether a token's bits may not depend on what else is in the batch, where that takes time."""
+
     rms_norm = staticmethod(norm.rms_norm)
     add_rms_norm = staticmethod(norm.add_rms_norm)
     layer_norm = staticmethod(norm.layer_norm)
@@ -49,7 +52,7 @@ class OpSet:
     top_logprobs = staticmethod(sampling.top_logprobs)
 
 
-OP_NAMES = tuple(name for name in vars(OpSet) if not name.startswith("_"))
+OP_NAMES = tuple(name for name in vars(OpSet) if not name.startswith("_") and callable(getattr(OpSet, name)))
 
 
 def origin(ops: OpSet, op: str) -> str:

@@ -12,7 +12,7 @@ from engines.api import EngineSettings
 from engines.child import leave_signals_to_parent
 from engines.core.device import Device, out_of_memory
 from engines.core.model_runner import allocate_caches
-from engines.load import fitted, import_opset, prepare
+from engines.load import fitted, make_opset, prepare
 from engines.models.base import Cache, Model
 from engines.models.load import load_model
 from engines.ops import OpSet
@@ -30,7 +30,7 @@ def serve(settings: EngineSettings, rank: int, store: Store, timeout: timedelta)
     """Be the rank: returns when the leader is done or gone."""
     leave_signals_to_parent()
     group = Group(Place(rank, settings.tp, settings.ep), settings.numerics == "invariant")
-    ops = import_opset(settings.backend)()
+    ops = make_opset(settings)
     prepare(settings)
     group.join(store, settings.device, timeout)
     with torch.inference_mode():

@@ -14,7 +14,7 @@ from torch import Tensor
 from engines import discover
 from engines.api import EngineConfig, EngineSettings, Request, SamplingParams
 from engines.core.engine import LLMEngine
-from engines.load import import_opset, load_engine
+from engines.load import load_engine, make_opset
 from engines.models.load import load_model
 from engines.parallel import launch
 from engines.parallel.follower import Follower
@@ -126,7 +126,7 @@ def threaded(made: EngineSettings) -> Iterator[LLMEngine]:
     def follow(rank: int) -> None:
         try:
             torch.set_num_threads(1)
-            ops = import_opset(made.backend)()
+            ops = make_opset(made)
             with torch.inference_mode():
                 group = ThreadGroup(Place(rank, made.tp, made.ep), threads)
                 Follower(load_model(made, ops, group), ops, made, group).follow()

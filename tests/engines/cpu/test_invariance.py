@@ -143,18 +143,21 @@ def test_rows(name: str, rows: int, size: int, dtype: torch.dtype, data: st.Data
 @few
 @given(
     rows=st.integers(1, 200),
-    size=st.sampled_from((32, 40, 96)),
+    size=st.sampled_from((32, 40, 96, 300)),
     inner=st.sampled_from((16, 48, 23)),
     gated=st.booleans(),
+    dtype=DTYPES,
     quantized=st.booleans(),
     data=st.data(),
 )
-def test_products(rows: int, size: int, inner: int, gated: bool, quantized: bool, data: st.DataObject) -> None:
-    """Of bfloat16 and 8-bit integers, on both sides of where threads share rows and not weights."""
+def test_products(
+    rows: int, size: int, inner: int, gated: bool, dtype: torch.dtype, quantized: bool, data: st.DataObject
+) -> None:
+    """Of every dtype and of 8-bit integers, on both sides of where threads share rows and not weights."""
     ops, generator = OpSet(), torch.Generator().manual_seed(rows)
 
     def weight(out: int, size: int) -> LinearWeight:
-        made = torch.randn(out, size, generator=generator).bfloat16()
+        made = torch.randn(out, size, generator=generator).to(dtype)
         return (
             ops.prepare_quantized(int8.quantize(made), None, made.dtype)
             if quantized
@@ -162,7 +165,7 @@ def test_products(rows: int, size: int, inner: int, gated: bool, quantized: bool
         )
 
     up, down = weight(2 * inner if gated else inner, size), weight(size, inner)
-    x = torch.randn(rows, size, generator=generator).bfloat16()
+    x = torch.randn(rows, size, generator=generator).to(dtype)
     together = ops.mlp(x, up, down, "silu", gated)
     first = data.draw(st.integers(0, rows - 1))
     part = slice(first, data.draw(st.integers(first + 1, rows)))

@@ -156,17 +156,23 @@ def test_linear_is_as_exact_as_the_reference(
     generator = torch.Generator().manual_seed(2)
     weight = torch.randn(out_features, in_features, generator=generator).to(dtype)
     offset = torch.randn(out_features, generator=generator).to(dtype) if bias else None
-    x = torch.randn(num_tokens, 2 * in_features, generator=generator).to(dtype)[:, 1 : 1 + in_features]
-    exact = torch.nn.functional.linear(x.double(), weight.double(), None if offset is None else offset.double())
-    plain = linear_reference.linear(x, linear_reference.prepare_linear(weight, offset))
-    prepared = linear.prepare_linear(weight, offset)
+    batch = torch.randn(130, 2 * in_features, generator=generator).to(dtype)[:, 1 : 1 + in_features]
+    x = batch[:num_tokens]
+
+    def in_float64(x: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x.double(), weight.double(), None if offset is None else offset.double())
+
+    exact = in_float64(x)
+    # torch adds up in other ways for a few rows, with other errors: a batch shows what is usual.
+    plain = linear_reference.linear(batch, linear_reference.prepare_linear(weight, offset))
+    usual = (plain.double() - in_float64(batch)).abs().max().item()
+    prepared = OpSet().prepare_linear(weight, offset)
     assert (prepared.in_features, prepared.out_features) == (in_features, out_features)
     found = linear.linear(x, prepared)
     assert found.dtype == dtype
     assert found.shape == exact.shape
     if num_tokens:
-        allowed = 2 * (plain.double() - exact).abs().max().item() + 2**-22
-        assert (found.double() - exact).abs().max().item() <= allowed
+        assert (found.double() - exact).abs().max().item() <= 2 * usual + 2**-22
 
 
 def overridden(ops: OpSet) -> set[str]:
