@@ -16,6 +16,7 @@ USAGE = """\
 python -m runner [group=option ...] [key=value ...]      run a job, or go on with it
 python -m runner -m group=a,b key=1,2                    a sweep: one job for each combination
 python -m runner mode=plan ...                           what would run, why, does it fit, how long
+python -m runner mode=status ...                         how far it is, whoever works on it (mode=merge: mark it done)
 python -m runner mode=verify ...                         check what is in the output folder
 python -m runner --help <group>                          the keys of a group (also: --help job, --help all)
 python -m runner --cfg job                               the composed configuration

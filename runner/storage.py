@@ -10,6 +10,7 @@ replacement is rename(2).
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import secrets
@@ -30,6 +31,8 @@ LEASES_FOLDER = "leases"
 """Folder of who works on which chunk (runner/leases.py)."""
 PARTS_FOLDER = "parts"
 """Folder of the committed parts: what readers open."""
+REPLACED_TIMES = 5
+"""How often a file may be replaced while it is read, before that is an error."""
 FAULTS = "RUNNER_FAULTS"
 """Environment variable that has storage fail or the process end at a chosen step, for tests: see runner/faults.py."""
 
@@ -245,7 +248,7 @@ class LocalStorage:
     def read(self, path: str) -> bytes | None:
         with self._explained(path):
             try:
-                return Path(self.root, path).read_bytes()
+                return _read(Path(self.root, path))
             except FileNotFoundError:
                 return None
 
@@ -311,6 +314,17 @@ class LocalStorage:
                 f"{Path(self.root, path)}: {error.strerror or error}; expected a folder that can be written and has "
                 "room; what is committed is kept: make room or fix the permissions, then run the same command again"
             ) from error
+
+
+def _read(path: Path) -> bytes:
+    """The content of a file. NFS says ESTALE for one that was replaced as it was being read: then it is read again."""
+    for _ in range(REPLACED_TIMES):
+        try:
+            return path.read_bytes()
+        except OSError as error:
+            if error.errno != errno.ESTALE:
+                raise
+    return path.read_bytes()
 
 
 class _LocalAppendFile:

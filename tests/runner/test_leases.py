@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from runner.__main__ import command_line
 from runner.config import ShardConfig
 from runner.errors import Interrupted
 from runner.job import run
@@ -267,6 +269,38 @@ def test_status_and_merge_of_an_array(tmp_path: Path) -> None:
     lines = (folder / "manifest.jsonl").read_bytes().splitlines()
     assert len(lines) == 10 and b'"path":"parts/part-00000009.parquet","num_rows":50' in lines[-1]
     assert verify(plan.output_folder, open_source(plan.job.dataset)).exit_code == 0
+
+
+def test_status_and_merge_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_rows(tmp_path / "rows", [f"row {i}" for i in range(250)])
+    given = [f"output.folder={tmp_path}/out", f"dataset.path={tmp_path}/rows", "dataset.chunk_rows=100", "name=job"]
+    assert command_line(["mode=status", *given]) == 4
+    assert "no fingerprint.json; expected the output folder of a job" in capsys.readouterr().err
+    run(make_plan(tmp_path, shard=ShardConfig(0, 2)), FakeEngine())
+    assert command_line(["mode=merge", "shard.count=2", *given]) == 75
+    assert "1 of 3 chunks are not done" in capsys.readouterr().err
+    run(make_plan(tmp_path, shard=ShardConfig(1, 2)), FakeEngine())
+    assert command_line(["mode=status", "shard.count=2", *given]) == 0
+    shown = capsys.readouterr().out
+    assert "3 of 3 done, 100%" in shown and "250 committed" in shown and shown.endswith("finished\n")
+    assert command_line(["mode=merge", *given]) == 0
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As NFS says it: the file that was opened is gone."""
+    storage = Ledger.open(str(tmp_path / "job"), FINGERPRINT).storage
+    storage.replace("leases/a.worker", b"1")
+    whole, stale = Path.read_bytes, iter([True, True])
+
+    def read_bytes(path: Path) -> bytes:
+        if next(stale, False):
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return whole(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    assert storage.read("leases/a.worker") == b"1" and storage.read("leases/b.worker") is None
 
 
 def test_a_cleared_temporary_folder_is_no_error(tmp_path: Path) -> None:

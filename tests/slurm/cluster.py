@@ -48,7 +48,10 @@ KillWait=20
 MinJobAge=600
 ReturnToService=2
 {nodes}
-PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=batch Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=15
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10
 """
 NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=4 RealMemory=2000 State=UNKNOWN\n"
 
@@ -84,7 +87,9 @@ class Cluster:
         self.run("slurmctld", "-i")
         for node in ("n0", "n1"):
             self.run("slurmd", "-N", node)
-        wait_for("both nodes", lambda: self.run("sinfo", "-h", "-N", "-o", "%t").split() == ["idle", "idle"], 120)
+        wait_for(
+            "both nodes", lambda: self.run("sinfo", "-h", "-N", "-p", "batch", "-o", "%t").split() == ["idle"] * 2, 120
+        )
 
     def run(self, *command: str) -> str:
         """What a command prints. Daemons keep no pipe of ours."""

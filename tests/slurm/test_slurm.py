@@ -136,7 +136,7 @@ def test_cancelled_in_the_middle(cluster: Cluster, job: Job) -> None:
 @pytest.mark.slow
 def test_a_task_of_an_array_is_requeued_and_another_cancelled(cluster: Cluster, job: Job) -> None:
     """With leases, the others do what the cancelled one has left."""
-    number = job.submit(ARRAY, seconds=30)
+    number = job.submit(ARRAY, seconds=15)
     job.wait_for_work()
     cluster.run("scontrol", "requeue", f"{number}_1")
     cluster.run("scancel", f"{number}_2")
@@ -146,9 +146,25 @@ def test_a_task_of_an_array_is_requeued_and_another_cancelled(cluster: Cluster, 
 
 
 @pytest.mark.slow
+def test_preempted_by_a_job_that_goes_first(cluster: Cluster, job: Job, tmp_path: Path) -> None:
+    """It leaves in the time of grace, and goes on when the other is done."""
+    number = job.submit(ONE_NODE, seconds=15, options=("--exclusive",))
+    job.wait_for_work()
+    urgent = tmp_path / "urgent.sbatch"
+    urgent.write_text("#!/bin/sh\nsleep 2\n")
+    first = cluster.submit(
+        urgent, options=("--partition=urgent", "--nodes=2", "--exclusive", f"--output={tmp_path}/first")
+    )
+    cluster.wait(first, "COMPLETED")
+    cluster.wait(number, "COMPLETED")
+    assert cluster.restarts(number) == 1 and "SIGTERM" in job.log.read_text()
+    job.check()
+
+
+@pytest.mark.slow
 def test_a_node_is_drained_under_a_job(cluster: Cluster, job: Job) -> None:
     """A drained node lets its job end; requeued, it goes on on another one."""
-    number = job.submit(ONE_NODE, seconds=30)
+    number = job.submit(ONE_NODE, seconds=15)
     job.wait_for_work()
     node = cluster.field(number, "NodeList")[0]
     cluster.run("scontrol", "update", f"nodename={node}", "state=drain", "reason=test")

@@ -54,7 +54,7 @@ def files(endpoint: str) -> fs.S3FileSystem:
     host = endpoint.removeprefix("http://")
     return fs.S3FileSystem(
         access_key="key", secret_key="secret-value", endpoint_override=host, scheme="http", region="us-east-1",
-        allow_bucket_creation=True,
+        allow_bucket_creation=True, connect_timeout=60, request_timeout=60,
     )  # fmt: skip
 
 
