@@ -68,6 +68,9 @@ class Offer:
     """Compute capability of the device, for `since`."""
     since: Mapping[Value, tuple[int, int]] = field(default_factory=dict)
     """Attribute value -> first compute capability that has it, as {"bfloat16": (8, 0)}."""
+    stored_only: Mapping[Value, tuple[int, int]] = field(default_factory=dict)
+    """Values of linear's attribute `weights` -> first compute capability that multiplies them as they are; below it
+    they are turned into the compute dtype on the way to the product."""
     dequantized: frozenset[Value] = frozenset()
     """Values of linear's attribute `weights` that are turned into the compute dtype at load, with its memory."""
     reference: frozenset[str] = frozenset()

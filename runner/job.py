@@ -23,6 +23,7 @@ from engines.api import Engine, EngineStats, Outcome, Request
 from engines.checkpoint import open_checkpoint
 from runner.chunk import Chunk, Part
 from runner.config import JobConfig, ShardConfig, to_yaml
+from runner.disk import check_room
 from runner.engine_main import Loader, load
 from runner.errors import EngineError, InternalError, RowError, RunnerError
 from runner.inspect import UNKNOWN_LENGTH, check_columns
@@ -94,6 +95,7 @@ def run(plan: Plan, engine: Engine | None = None, loader: Loader = load) -> Summ
         for name, new in layout.renamed.items():
             progress.say(f"dataset: column {name!r} is in the output as {new!r}, as the task has one of that name")
         progress.total_rows = count_rows(source, job, ledger)
+        check_room(ledger.folder, layout.schema, progress.total_rows)
         sink = Sink(ledger.storage, layout.schema, job.output, {"job": job.name})
         with contextlib.closing(Journal.open(ledger.storage, layout.schema, f"shard{job.shard.index}")) as journal:
             runner = JobRunner(job, source, layout, ledger, sink, journal, progress, stop)

@@ -411,6 +411,13 @@ def _verdict(
         missed += slow
     elif slow:
         notes += [f"{text} ({', '.join(offer.notes)})" if offer.notes else text for text in slow]
+    since = offer.stored_only.get(quantization_of(job, checkpoint).get("weights", ""))
+    if since is not None and offer.sm is not None and offer.sm < since:
+        method, generation = quantization_of(job, checkpoint)["quantization"], ".".join(map(str, offer.sm))
+        least = ".".join(map(str, since))
+        notes.append(
+            f"{method}: sm {generation} < {least}, so weights are only stored in it, and multiplied as {dtype}"
+        )
     layout = layout_of(job)
     missed += in_the_way(spec, layout.tp, layout.ep, quantization_of(job, checkpoint))
     here = job.parallelism.launch == "spawn"
@@ -423,7 +430,8 @@ def _verdict(
     if memory.fits is False and not offer.blockers:
         missed.append(
             f"memory: weights {gb(memory.weight_bytes)} + activations {gb(memory.activation_bytes)} > "
-            f"{gb(memory.total_bytes)} of {memory.device}"
+            f"{gb(memory.total_bytes)} of {memory.device}: use a quantized checkpoint, model.quantization=int8 or more "
+            "parallelism.tp"
         )
     if not on_cpu and layout.num_devices > 1:
         notes.append("several GPUs have not run this yet: it was tested with several processes on a processor")

@@ -83,4 +83,5 @@ def offers(host: Host) -> Offer:
         blockers=tuple(blockers),
         sm=host.compute_capability,
         since={"bfloat16": (8, 0), "w8a8": (8, 0)},
+        stored_only={"fp8": (8, 9)},
     )

@@ -300,6 +300,15 @@ def test_a_v100_gets_float16_with_a_sentence() -> None:
     assert triton.notes == ("dtype float16 instead of the checkpoint's bfloat16: sm 7.0",)
 
 
+def test_float8_weights_are_only_stored_so_on_an_a100() -> None:
+    config = {"quantization_config": QUANTIZATIONS["fp8"]}
+    for host, said in ((HOSTS["sm80"], True), (HOSTS["sm90"], False)):
+        plan = resolve(planning(host), checkpoint(**config), host, "generate")
+        triton = next(verdict for verdict in plan.verdicts if verdict.engine == "triton")
+        note = "fp8: sm 8.0 < 8.9, so weights are only stored in it, and multiplied as bfloat16"
+        assert (note in triton.notes) is said
+
+
 values = (
     st.none() | st.booleans() | st.integers(-2, 1 << 40) | st.text(max_size=5) | st.floats() | st.lists(st.integers())
 )
