@@ -33,10 +33,9 @@ template <int TOKENS>
 __device__ __forceinline__ void copy_factors(const Fp8Sm90Params& p, unsigned char* memory, PhaseBarrier* full, int begin,
                                              int count) {
   using Shape = Fp8Shape<TOKENS>;
-  PhaseBarrier* empty = full + Shape::kStages;
   for (int i = 0; i < count; ++i) {
     const int stage = i % Shape::kStages, column = (begin + i) * (kFp8Columns / 2);
-    if (i >= Shape::kStages) barrier_wait(empty + stage, (i / Shape::kStages - 1) % 2);
+    if (i >= Shape::kStages) barrier_wait(full + Shape::kStages + stage, (i / Shape::kStages - 1) % 2);  // it is empty
     barrier_arrive_expect(full + stage, Shape::kStageBytes);
     unsigned char* to = memory + stage * Shape::kStageBytes;
     copy_box(to, p.codes, full + stage, column, blockIdx.y * kFp8Rows, 0, 0);

@@ -36,7 +36,8 @@ __device__ __forceinline__ float sum_of_warp(float x) {
   return x;
 }
 
-// Where the largest of `count` values lies, the first of equals; NaN is never largest, and 0 is said where all are.
+// Where the largest of `count` values lies, the first of equals; NaN is never largest, and 0 is said where all are. A lane
+// reads the values of indices that are its own modulo 32, and all have read when one returns.
 __device__ __forceinline__ int best_of(const float* values, int count) {
   const int lane = threadIdx.x % 32;
   float most = -INFINITY;
@@ -65,15 +66,12 @@ __device__ __forceinline__ void keep_groups(const RouteParams<T>& p, float* choi
     }
     groups[g] = p.bias && size > 1 ? add(first, second) : first;
   }
-  __syncwarp();
   for (int i = 0; i < p.top_groups; ++i) {
     const int best = best_of(groups, p.num_groups);
-    __syncwarp();  // all have read
     if (lane == 0) groups[best] = NAN;  // chosen
     __syncwarp();
   }
   for (int i = lane; i < p.num_experts; i += 32) choice[i] = groups[i / size] != groups[i / size] ? choice[i] : fill;
-  __syncwarp();
 }
 
 // Grid: num_tokens / 4 blocks. Threads: 4 warps, one a token. Shared memory: for each warp scores, choice and groups.
@@ -108,7 +106,6 @@ template <class T> __global__ void __launch_bounds__(kRouteWarps * 32) route_ker
     float weight = scores[best];
     if (p.scoring == Scoring::softmax_of_chosen) weight = expf(weight - most);
     total = add(total, weight);
-    __syncwarp();  // all have read
     if (lane == 0) {
       choice[best] = NAN;  // taken
       weights[i] = weight;

@@ -211,8 +211,10 @@ def _even(q: Tensor) -> bool:
 
 def _expert_linear(x: Tensor, experts: PackedExperts, slots: tuple[Tensor, Tensor], slots_of_row: int) -> Tensor:
     weight = experts.weight
+    if x.shape[1] % 8:
+        x = functional.pad(x, (0, -x.shape[1] % 8))
     result: Tensor = torch.ops.cuda_ops.expert_linear(
-        _aligned(functional.pad(x, (0, -x.shape[1] % 8))),
+        _aligned(x),
         weight.format,
         weight.codes,
         weight.scales,
