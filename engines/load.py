@@ -90,7 +90,12 @@ class Fit:
 def fitted(settings: EngineSettings, model: Model, ops: OpSet, dtype: torch.dtype, device: Device, group: Group) -> Fit:
     """To be called on every rank of a group: the largest step is theirs together."""
     config, reserved, notes = _sized(settings, model, ops, dtype, device, group)
-    graphs = min(GRAPH_BYTES, device.free_bytes() // 20) if getattr(config, "decode_graphs", False) else 0
+    if isinstance(config, GPUConfig) and config.decode_graphs and group.place.size > 1:
+        # A replay is one rank's own: the others would not hear of the step.
+        config = replace(config, decode_graphs=False)
+        notes.append("decode steps are launched kernel by kernel: they are not captured over several ranks")
+    captures = isinstance(config, GPUConfig) and config.decode_graphs
+    graphs = min(GRAPH_BYTES, device.free_bytes() // 20) if captures else 0
     free = device.free_bytes() - reserved - graphs
     count = group.least(num_blocks(model, config, dtype, free, not device.overlaps))
     return Fit(config, count, graphs, notes)

@@ -44,10 +44,10 @@ template <class T> struct Sequence {
       : first_token(p.cu_seqlens_q[seq]), num_tokens(p.cu_seqlens_q[seq + 1] - first_token), length(p.seq_lens[seq]),
         head(kv_head), table(p.block_tables + static_cast<int64_t>(seq) * p.table_stride) {}
   __device__ __forceinline__ int position(int row, int group) const { return length - num_tokens + row / group; }
-  // Offset of a key in the cache, in values.
-  __device__ __forceinline__ int64_t key_at(const AttentionParams& p, int key, int head_dim) const {
+  // Which vector of the cache a key is.
+  __device__ __forceinline__ int64_t slot_at(const AttentionParams& p, int key) const {
     const int64_t block = table[key >> p.block_shift], offset = key & ((1 << p.block_shift) - 1);
-    return (((block * p.num_kv_heads + head) << p.block_shift) + offset) * head_dim;
+    return ((block * p.num_kv_heads + head) << p.block_shift) + offset;
   }
   int first_token, num_tokens, length, head;
   const int32_t* table;

@@ -7,6 +7,8 @@
 
 #include <cstdint>
 
+#include "kv_codes.cuh"
+
 // Head dimensions that kernels are compiled for; multiples of 16.
 #ifndef CUDA_OPS_HEAD_DIMS
 #define CUDA_OPS_HEAD_DIMS(X) X(64) X(80) X(96) X(128) X(256)
@@ -16,8 +18,10 @@ namespace cuda_ops {
 
 struct AttentionParams {
   const void* q;                // [num_tokens, num_heads, D], the last dimension dense
-  const void* k_cache;          // [num_blocks, num_kv_heads, block_size, D]
+  const void* k_cache;          // [num_blocks, num_kv_heads, block_size, D], or its codes: kv_codes.cuh
   const void* v_cache;          // the same
+  const float* k_scales;        // [num_blocks, num_kv_heads, block_size, 2 or 1], of codes only
+  const float* v_scales;        // the same
   const int32_t* cu_seqlens_q;  // [num_seqs + 1]
   const int32_t* seq_lens;      // [num_seqs]
   const int32_t* block_tables;  // [num_seqs, table_stride]
@@ -30,6 +34,7 @@ struct AttentionParams {
   int row_tiles;   // of 16 rows that hold a KV head's queries of one token
   int max_splits;  // of any sequence
   int window;      // 0: none
+  Form form;       // of codes
   float scale, softcap;
 };
 

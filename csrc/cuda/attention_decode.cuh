@@ -6,15 +6,6 @@
 
 namespace cuda_ops {
 
-template <int D> struct DecodeShape {
-  static constexpr int kWarps = D <= 128 ? 4 : 2;
-  static constexpr int kStages = D <= 64 ? 3 : 2;
-  static constexpr int kStride = D + 8;  // values a row in shared memory: an odd number of 16 bytes, no bank conflicts
-  static constexpr int kTile = 16;       // keys that a warp takes at once
-  static constexpr int kStageValues = 2 * kTile * kStride;
-  static constexpr int kSharedBytes = kWarps * kStages * kStageValues * 2 + 16;
-};
-
 __device__ __forceinline__ int first_key(const AttentionParams& p, int length) {
   return p.window && length > p.window ? length - p.window : 0;
 }
@@ -25,24 +16,61 @@ __device__ __forceinline__ int num_splits(const AttentionParams& p, int length) 
   return (length + kSplitKeys - 1) / kSplitKeys - first_split(p, length);
 }
 
-// Starts the copy of 16 keys and their values; rows outside [from, to) are zeros.
-template <class T, int D>
-__device__ __forceinline__ void copy_tile(T* stage, const AttentionParams& p, const Sequence<T>& own, int tile,
-                                          int from, int to) {
-  constexpr int kPieces = D / 8, kStride = DecodeShape<D>::kStride;
-  const int lane = threadIdx.x % 32, key = tile * 16 + lane % 16;
-  const bool here = key >= from && key < to;
-  const int64_t mine = here ? own.key_at(p, key, D) : -1;
-#pragma unroll
-  for (int i = 0; i < kPieces / 2; ++i) {
-    const int piece = i * 32 + lane, row = piece / kPieces, column = piece % kPieces * 8;
-    const int64_t at = __shfl_sync(~0u, mine, row);
-    const bool valid = at >= 0;
-    const int64_t offset = valid ? at + column : 0;
-    copy_async(stage + row * kStride + column, static_cast<const T*>(p.k_cache) + offset, valid);
-    copy_async(stage + (16 + row) * kStride + column, static_cast<const T*>(p.v_cache) + offset, valid);
+// What a warp does with 16 keys and their values, as the cache holds them in T; CodedTile has the same members.
+template <class Value, int SIZE> struct PlainTile {
+  using T = Value;
+  static constexpr int D = SIZE;
+  static constexpr int kStages = D <= 64 ? 3 : 2;
+  static constexpr int kStride = D + 8;  // values a row in shared memory: an odd number of 16 bytes, no bank conflicts
+  static constexpr int kStageBytes = 2 * 16 * kStride * 2;
+
+  __device__ __forceinline__ PlainTile(const AttentionParams& p, const Sequence<T>& own, int row, int rows) {
+    load_queries<T, D>(queries, p, own, row, rows);
   }
-}
+
+  // Starts the copy to a stage; rows outside [from, to) are zeros.
+  __device__ __forceinline__ static void copy(unsigned char* memory, const AttentionParams& p, const Sequence<T>& own,
+                                              int tile, int from, int to) {
+    constexpr int kPieces = D / 8;
+    T* stage = reinterpret_cast<T*>(memory);
+    const int lane = threadIdx.x % 32, key = tile * 16 + lane % 16;
+    const bool here = key >= from && key < to;
+    const int64_t mine = here ? own.slot_at(p, key) * D : -1;
+#pragma unroll
+    for (int i = 0; i < kPieces / 2; ++i) {
+      const int piece = i * 32 + lane, row = piece / kPieces, column = piece % kPieces * 8;
+      const int64_t at = __shfl_sync(~0u, mine, row);
+      const bool valid = at >= 0;
+      const int64_t offset = valid ? at + column : 0;
+      copy_async(stage + row * kStride + column, static_cast<const T*>(p.k_cache) + offset, valid);
+      copy_async(stage + (16 + row) * kStride + column, static_cast<const T*>(p.v_cache) + offset, valid);
+    }
+  }
+
+  __device__ __forceinline__ void multiply(float (&scores)[2][4], const unsigned char* stage) const {
+    multiply_keys<T, D, 2>(scores, queries, reinterpret_cast<const T*>(stage), kStride);
+  }
+
+  // Takes scores of a stage's keys into the softmax, and their values.
+  __device__ __forceinline__ void take(Softmax<D>& softmax, float (&scores)[2][4], const unsigned char* stage) {
+    softmax.take(scores);
+    multiply_values<T, D, 2>(softmax.out, scores, reinterpret_cast<const T*>(stage) + 16 * kStride, kStride);
+  }
+
+  __device__ __forceinline__ void finish(Softmax<D>& softmax) const { softmax.finish(); }
+
+  // Which dimension column `i` of softmax.out[n] is.
+  __device__ __forceinline__ static int dimension(int n, int i) { return n * 8 + i; }
+
+  uint32_t queries[D / 16][4];
+};
+
+template <class Tile> struct DecodeShape {
+  static constexpr int kWarps = Tile::D <= 128 ? 4 : 2;
+  static constexpr int kStagesBytes = kWarps * Tile::kStages * Tile::kStageBytes;
+  static constexpr int kFoundBytes = kWarps * kDecodeRows * (Tile::D + 2) * 4;
+  static constexpr int kSharedBytes = (kStagesBytes > kFoundBytes ? kStagesBytes : kFoundBytes) + 16;
+};
 
 // The sum of what `parts` places found for row r and column d, before the division; most and sum are theirs together.
 struct Joined {
@@ -76,11 +104,13 @@ __device__ __forceinline__ void store_row(const AttentionParams& p, const Sequen
 // pieces in steps of the grid, so that a captured launch serves any lengths. Threads: 4 warps (2 for D > 128), each with
 // 16 keys at a time and a pipeline of its own, no barrier among them until they add up. Shared memory: DecodeShape.
 // Moves every key and value once, in copies of 16 bytes past the first-level cache.
-template <class T, int D>
-__global__ void __launch_bounds__(DecodeShape<D>::kWarps * 32) decode_kernel(AttentionParams p) {
-  using Shape = DecodeShape<D>;
+template <class Tile>
+__global__ void __launch_bounds__(DecodeShape<Tile>::kWarps * 32) decode_kernel(AttentionParams p) {
+  using Shape = DecodeShape<Tile>;
+  using T = typename Tile::T;
+  constexpr int D = Tile::D;
   unsigned char* memory = shared_memory();
-  T* stages = reinterpret_cast<T*>(memory) + threadIdx.x / 32 * Shape::kStages * Shape::kStageValues;
+  unsigned char* stages = memory + threadIdx.x / 32 * Tile::kStages * Tile::kStageBytes;
   float* found = reinterpret_cast<float*>(memory);  // [kWarps, 16, D + 2], in place of the stages once they are read
   int* is_last = reinterpret_cast<int*>(memory + Shape::kSharedBytes - 16);
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -97,31 +127,29 @@ __global__ void __launch_bounds__(DecodeShape<D>::kWarps * 32) decode_kernel(Att
     const int from = max(begin, split * kSplitKeys), to = min(own.length, (split + 1) * kSplitKeys);
     const int last_tile = (to + 15) / 16;
 
-    uint32_t queries[D / 16][4];
-    load_queries<T, D>(queries, p, own, first_row + lane / 4, first_row + rows);
+    Tile keys(p, own, first_row + lane / 4, first_row + rows);
     Softmax<D> softmax;
     softmax.clear();
     const int position[2] = {own.length - 1, own.length - 1};
     int tile = from / 16 + warp, ahead = tile;
     const auto start_copy = [&](int stage) {
-      if (ahead < last_tile) copy_tile<T, D>(stages + stage * Shape::kStageValues, p, own, ahead, from, to);
+      if (ahead < last_tile) Tile::copy(stages + stage * Tile::kStageBytes, p, own, ahead, from, to);
       copy_commit();
       ahead += Shape::kWarps;
     };
 #pragma unroll
-    for (int stage = 0; stage < Shape::kStages - 1; ++stage) start_copy(stage);
-    for (int stage = 0; tile < last_tile; tile += Shape::kWarps, stage = (stage + 1) % Shape::kStages) {
-      copy_wait<Shape::kStages - 2>();
+    for (int stage = 0; stage < Tile::kStages - 1; ++stage) start_copy(stage);
+    for (int stage = 0; tile < last_tile; tile += Shape::kWarps, stage = (stage + 1) % Tile::kStages) {
+      copy_wait<Tile::kStages - 2>();
       __syncwarp();  // all lanes' copies have landed, and all lanes have read the stage that is filled next
-      start_copy((stage + Shape::kStages - 1) % Shape::kStages);
-      const T* keys = stages + stage * Shape::kStageValues;
+      start_copy((stage + Tile::kStages - 1) % Tile::kStages);
+      const unsigned char* now = stages + stage * Tile::kStageBytes;
       float scores[2][4];
-      multiply_keys<T, D, 2>(scores, queries, keys, Shape::kStride);
+      keys.multiply(scores, now);
       mask(scores, p, tile * 16 + lane % 4 * 2, position, tile * 16 < from || tile * 16 + 16 > to);
-      softmax.take(scores);
-      multiply_values<T, D, 2>(softmax.out, scores, keys + 16 * Shape::kStride, Shape::kStride);
+      keys.take(softmax, scores, now);
     }
-    softmax.finish();
+    keys.finish(softmax);
     __syncthreads();
 
     // Warps add up in shared memory.
@@ -131,8 +159,8 @@ __global__ void __launch_bounds__(DecodeShape<D>::kWarps * 32) decode_kernel(Att
       float* row = found + warp * step + (lane / 4 + 8 * i) * (D + 2);
 #pragma unroll
       for (int n = 0; n < D / 8; ++n) {
-        row[n * 8 + lane % 4 * 2] = softmax.out[n][2 * i];
-        row[n * 8 + lane % 4 * 2 + 1] = softmax.out[n][2 * i + 1];
+        row[Tile::dimension(n, lane % 4 * 2)] = softmax.out[n][2 * i];
+        row[Tile::dimension(n, lane % 4 * 2 + 1)] = softmax.out[n][2 * i + 1];
       }
       if (lane % 4 == 0) row[D] = softmax.most[i], row[D + 1] = softmax.sum[i];
     }

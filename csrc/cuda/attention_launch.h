@@ -10,9 +10,12 @@ namespace cuda_ops {
 
 // head_dim is one of CUDA_OPS_HEAD_DIMS. grid_x: blocks along the pieces of work.
 void launch_decode(ScalarType type, int head_dim, int grid_x, const Place& place, const AttentionParams& params);
+void launch_decode_coded(ScalarType type, int head_dim, int grid_x, const Place& place, const AttentionParams& params);
 // num_tokens: bound for those of sequences with more than one new token.
 void launch_prefill(ScalarType type, int head_dim, int64_t num_tokens, const Place& place,
                     const AttentionParams& params);
+void launch_prefill_coded(ScalarType type, int head_dim, int64_t num_tokens, const Place& place,
+                          const AttentionParams& params);
 
 // For sm_90 devices, head_dim 64 or 128 and blocks of 8 keys or more: what its instructions take.
 inline bool sm90_takes(int device, int head_dim, int block_shift) {

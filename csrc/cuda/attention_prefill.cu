@@ -8,10 +8,10 @@ void launch_prefill(ScalarType type, int head_dim, int64_t num_tokens, const Pla
                     const AttentionParams& params) {
   with_half(type, "q", [&]<class Tagged>(Tagged) {
     with_head_dim(head_dim, [&](auto size) {
-      using Shape = PrefillShape<size.value>;
+      using Shape = PrefillShape<size.value, false>;
       const int64_t tiles = ceil_div(num_tokens * params.group, Shape::kRows) + params.num_seqs;
       const dim3 grid(static_cast<unsigned>(tiles), static_cast<unsigned>(params.num_kv_heads));
-      launch(prefill_kernel<typename Tagged::type, size.value>, grid, dim3(Shape::kWarps * 32), Shape::kSharedBytes,
+      launch(prefill_kernel<typename Tagged::type, size.value, false>, grid, dim3(Shape::kThreads), Shape::kSharedBytes,
              place, params);
     });
   });

@@ -41,4 +41,14 @@ extern "C" __attribute__((visibility("default"), used)) const char cuda_ops_tabl
     "paged_attention window any\n"
     "paged_attention softcap any\n"
     "paged_attention sinks any\n"
+    "write_quantized_kv dtype" CUDA_OPS_FLOATS
+    "write_quantized_kv head_dim any\n"
+    "write_quantized_kv kv_dtype int8 int4 fp8\n"
+    "quantized_attention dtype" CUDA_OPS_HALVES
+    "quantized_attention head_dim" CUDA_OPS_HEAD_DIMS(CUDA_OPS_NAME) "\n"
+    "quantized_attention kv_dtype int8 int4 fp8\n"
+    "quantized_attention group any\n"
+    "quantized_attention window any\n"
+    "quantized_attention softcap any\n"
+    "quantized_attention sinks any\n"
     "end\n";

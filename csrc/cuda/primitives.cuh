@@ -85,6 +85,11 @@ __device__ __forceinline__ uint32_t pack_e4m3(float low, float high) {
   return __nv_cvt_float2_to_fp8x2(float2{low, high}, __NV_SATFINITE, __NV_E4M3);
 }
 
+// Bytes 0 to 3 of the result are those of a (0 to 3) and b (4 to 7) that the four lowest digits to the base 16 name.
+__device__ __forceinline__ uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t which) {
+  return __byte_perm(a, b, which);
+}
+
 // a * b and a + b as they are written: no fused multiply-add.
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
@@ -113,6 +118,11 @@ __device__ __forceinline__ uint4 load_streaming(const void* from) {
 __device__ __forceinline__ void copy_async(void* to, const void* from, bool valid) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :: "r"(shared_address(to)), "l"(from), "r"(valid ? 16 : 0) : "memory");
+}
+// The same for 4 or 8 bytes, which goes by the first-level cache.
+template <int BYTES> __device__ __forceinline__ void copy_async_short(void* to, const void* from, bool valid) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;"
+               :: "r"(shared_address(to)), "l"(from), "n"(BYTES), "r"(valid ? BYTES : 0) : "memory");
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 // Waits until at most N of this thread's latest groups are under way.

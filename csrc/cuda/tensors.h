@@ -6,6 +6,10 @@
 
 #include <primitives.cuh>
 
+#include <string>
+
+#include "kv_codes.cuh"
+
 namespace cuda_ops {
 
 using torch::headeronly::ScalarType;
@@ -64,6 +68,14 @@ template <class T> const T* data(const Tensor& x) { return static_cast<const T*>
 template <class T> T* mutable_data(const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); }
 
 inline bool divides_16(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0; }
+
+// As engines/ops/kv_cache.py names them.
+inline Form form_of(const std::string& kv_dtype) {
+  if (kv_dtype == "int8") return Form::int8;
+  if (kv_dtype == "int4") return Form::int4;
+  STD_TORCH_CHECK(kv_dtype == "fp8", "kv_dtype: ", kv_dtype, "; expected int8, int4 or fp8");
+  return Form::fp8;
+}
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 

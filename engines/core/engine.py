@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from engines.api import EngineConfig, EngineStats, ErrorInfo, Outcome, Request, SamplingParams, TokenLogprobs
+from engines.api import EngineConfig, EngineStats, ErrorInfo, GPUConfig, Outcome, Request, SamplingParams, TokenLogprobs
 from engines.core.block_manager import BlockManager
 from engines.core.device import Device, out_of_memory
 from engines.core.flight import Flight
@@ -64,7 +64,7 @@ class LLMEngine:
         # A model with states of its own would compute on with tokens that end a sequence.
         self.overlaps = device.overlaps and model.paged
         kv_dtype = None if config.kv_dtype == "auto" else cast(KVDtype, config.kv_dtype)
-        graphs = config.max_num_seqs if self.overlaps and getattr(config, "decode_graphs", False) else 0
+        graphs = config.max_num_seqs if self.overlaps and isinstance(config, GPUConfig) and config.decode_graphs else 0
         self.runner = ModelRunner(
             model, ops, num_blocks, config.block_size, dtype, device, kv_dtype, graphs, self.max_model_len
         )
@@ -356,9 +356,12 @@ class LLMEngine:
     @torch.inference_mode()
     def capture(self, budget_bytes: int) -> None:
         """Capture decode steps as graphs, in so much memory; notes say what came of it. Before the first step."""
-        note = self.runner.graphs.capture(budget_bytes) if self.runner.graphs is not None else None
+        if self.runner.graphs is None:
+            return
+        note = self.runner.graphs.capture(budget_bytes)
         if note is not None:
             self.notes.append(note)
+        self.scheduler.patient = bool(self.runner.graphs.sizes)
 
     def stats(self) -> EngineStats:
         return EngineStats(

@@ -23,6 +23,8 @@ import numpy as np
 from engines.core.block_manager import BlockManager
 from engines.core.sequence import UNREAD, Sequence
 
+PATIENCE = 8
+"""Where admissions are rare, one in so many of the running sequences must have ended since the last were admitted."""
 LOOKAHEAD = 256
 """Waiting sequences looked at in one step when the first ones wait for a prefix."""
 
@@ -76,6 +78,10 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         """In order of admission."""
+        self.patient = False
+        """Whether sequences are admitted many at a time: for engines whose steps without prompts are much cheaper."""
+        self._admit_at = max_num_seqs
+        """Running sequences, at most, when `patient` sequences are admitted."""
         self.num_preemptions = 0
         """Sequences that gave their blocks back because others needed them."""
         width = -(-max_model_len // block_size) if blocks is not None else 0
@@ -165,7 +171,10 @@ class Scheduler:
         """Start waiting sequences while there is room for them."""
         admitted: list[Scheduled] = []
         skipped: list[Sequence] = []
-        room = self.max_num_seqs - sum(seq.num_remaining_tokens > 0 and not seq.waits_for_end for seq in self.running)
+        active = sum(seq.num_remaining_tokens > 0 and not seq.waits_for_end for seq in self.running)
+        if self.patient and active > self._admit_at:
+            return admitted
+        room = self.max_num_seqs - active
         while self.waiting and budget > 0 and len(admitted) < room and self._slots and len(skipped) < LOOKAHEAD:
             seq = self.waiting.popleft()
             if not self.chunked and seq.num_tokens > budget and (admitted or self.running):
@@ -182,6 +191,9 @@ class Scheduler:
             admitted.append(share(seq, count))
             budget -= count
         self.waiting.extendleft(reversed(skipped))
+        active += len(admitted)
+        # What stopped for the step's tokens goes on in the next one; what stopped for room waits for more of it.
+        self._admit_at = active - active // PATIENCE if budget > 0 else self.max_num_seqs
         return admitted
 
     def _reusable(self, seq: Sequence) -> list[int] | None:

@@ -15,7 +15,7 @@ from engines import extension, ops
 from engines.batch import Batch
 from engines.cuda.experts import PackedExperts, pack_experts
 from engines.cuda.quantized import Fp8Weight, PackedWeight, pack, pack_fp8
-from engines.ops.kv_cache import KVCache
+from engines.ops.kv_cache import KVCache, QuantizedKVCache
 from engines.ops.linear import LinearWeight
 from engines.ops.moe import Experts, Projection
 from engines.ops.quantized import Float8Weight, Int8Weight, QuantizedWeight
@@ -178,11 +178,35 @@ class OpSet(ops.OpSet):
         A token's bits do not depend on the batch around it, nor on where its prompt was cut; but the one token of a
         decoding sequence is summed in another order than it would be as the last one of a longer piece of prompt.
         """
-        assert batch.block_tables is not None
         result: Tensor = torch.ops.cuda_ops.paged_attention(
-            q if _even(q) else q.clone(memory_format=torch.contiguous_format),
-            cache.k,
-            cache.v,
+            _even(q), cache.k, cache.v, *self._batch(batch, q, sinks), softmax_scale, window_size, softcap
+        )
+        return result
+
+    def write_quantized_kv(self, k: Tensor, v: Tensor, cache: QuantizedKVCache, slot_mapping: Tensor) -> None:
+        """As the reference, bit by bit. Tokens with a slot outside the cache are not stored."""
+        torch.ops.cuda_ops.write_quantized_kv(k, v, cache.kv_dtype, *_coded(cache), slot_mapping)
+
+    def quantized_attention(
+        self,
+        q: Tensor,
+        cache: QuantizedKVCache,
+        batch: Batch,
+        softmax_scale: float,
+        window_size: int = 0,
+        softcap: float = 0.0,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
+        """As paged_attention. Where one token is new, codes are exact in the products, and weights times scales are
+        rounded to q's dtype; where more are, keys and values are."""
+        arguments = (*_coded(cache), *self._batch(batch, q, sinks), softmax_scale, window_size, softcap)
+        result: Tensor = torch.ops.cuda_ops.quantized_attention(_even(q), cache.kv_dtype, *arguments)
+        return result
+
+    def _batch(self, batch: Batch, q: Tensor, sinks: Tensor | None) -> tuple[object, ...]:
+        """What the attention kernels are told of a batch."""
+        assert batch.block_tables is not None
+        return (
             batch.cu_seqlens_q,
             batch.seq_lens,
             batch.block_tables,
@@ -190,11 +214,7 @@ class OpSet(ops.OpSet):
             self._counters(q.device),
             batch.max_seqlen_q,
             batch.max_seqlen_k,
-            softmax_scale,
-            window_size,
-            softcap,
         )
-        return result
 
     def _counters(self, device: torch.device) -> Tensor:
         """Zeros that every launch leaves as zeros. Made once: a captured graph keeps their address."""
@@ -203,10 +223,11 @@ class OpSet(ops.OpSet):
         return self._arrived[device]
 
 
-def _even(q: Tensor) -> bool:
-    """Whether every head begins where 4 bytes do, as the kernels load it."""
+def _even(q: Tensor) -> Tensor:
+    """q, copied unless every head begins where 4 bytes do, as the kernels load it."""
     strides = (stride for size, stride in zip(q.shape[:2], q.stride()[:2], strict=True) if size > 1)
-    return q.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in strides)
+    fits = q.data_ptr() % 4 == 0 and all(stride % 2 == 0 for stride in strides)
+    return q if fits else q.clone(memory_format=torch.contiguous_format)
 
 
 def _expert_linear(x: Tensor, experts: PackedExperts, slots: tuple[Tensor, Tensor], slots_of_row: int) -> Tensor:
@@ -231,3 +252,7 @@ def _aligned(x: Tensor) -> Tensor:
     if x.data_ptr() % 16 or (x.shape[0] > 1 and x.stride(0) % 8) or x.stride(1) != 1:
         return x.clone(memory_format=torch.contiguous_format)
     return x
+
+
+def _coded(cache: QuantizedKVCache) -> tuple[Tensor, ...]:
+    return cache.k.view(torch.uint8), cache.v.view(torch.uint8), cache.k_scales, cache.v_scales

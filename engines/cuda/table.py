@@ -42,6 +42,16 @@ paged_attention group any
 paged_attention window any
 paged_attention softcap any
 paged_attention sinks any
+write_quantized_kv dtype float32 bfloat16 float16
+write_quantized_kv head_dim any
+write_quantized_kv kv_dtype int8 int4 fp8
+quantized_attention dtype bfloat16 float16
+quantized_attention head_dim 64 80 96 128 256
+quantized_attention kv_dtype int8 int4 fp8
+quantized_attention group any
+quantized_attention window any
+quantized_attention softcap any
+quantized_attention sinks any
 end
 """
 """The table of a library compiled for everything: what a described host is taken to have."""

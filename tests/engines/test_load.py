@@ -26,7 +26,7 @@ def loading(monkeypatch: pytest.MonkeyPatch, settings: EngineSettings, model: An
     for name, value in device.items():
         setattr(there, name, value)
     monkeypatch.setattr(load, "Device", lambda place: there)
-    monkeypatch.setattr(load, "load_model", lambda settings, ops: model or TinyModel())
+    monkeypatch.setattr(load, "load_model", lambda settings, ops, group: model or TinyModel())
     monkeypatch.setattr(load, "import_opset", lambda backend: OpSet)
     monkeypatch.setattr(load, "DTYPES", {"float32": torch.float64})
     monkeypatch.setattr(load.costs, "kv_vector_bytes", lambda head_dim, dtype, kv_dtype: 4 * head_dim)
@@ -78,7 +78,7 @@ def test_a_model_that_leaves_no_room_is_refused_with_numbers(monkeypatch: pytest
 
 
 def test_weights_that_do_not_fit_are_refused_with_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    def failing(settings: object, ops: object) -> None:
+    def failing(settings: object, ops: object, group: object) -> None:
         raise torch.OutOfMemoryError("tried to allocate 2 GiB")
 
     monkeypatch.setattr(load, "Device", lambda place: Late())

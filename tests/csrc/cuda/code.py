@@ -46,13 +46,11 @@ def kernels(folder: Path) -> dict[str, dict[str, dict[str, int]]]:
 
 def _readable(own: dict[str, dict[str, int]]) -> dict[str, dict[str, int]]:
     names = subprocess.run(["c++filt"], input="\n".join(own), capture_output=True, text=True, check=True).stdout
-    short = [
-        name.replace("cuda_ops::", "").removeprefix("void ").partition("(cuda_ops")[0].partition(">(")[0]
-        for name in names.splitlines()
-    ]
-    short = [re.sub(r"\(int\)|\(bool\)", "", name).partition("(")[0] for name in short]
-    short = [f"{name}>" if "<" in name and not name.endswith(">") else name for name in short]
-    short = [name.replace("__nv_bfloat16", "bf16").replace("__half", "fp16") for name in short]
+    # Of "void cuda_ops::kernel<cuda_ops::Tile<__half, 64, (cuda_ops::Form)1> >(cuda_ops::Params)" without (Params).
+    short = [name.removeprefix("void ") for name in names.splitlines()]
+    short = [name.rpartition(">(")[0] + ">" if ">(" in name else name for name in short]
+    short = [re.sub(r"\((int|bool|cuda_ops::\w+)\)|cuda_ops::", "", name).partition("(")[0] for name in short]
+    short = [name.replace("__nv_bfloat16", "bf16").replace("__half", "fp16").replace(" >", ">") for name in short]
     return dict(sorted(zip(short, own.values(), strict=True)))
 
 

@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from engines.api import Outcome, Request
+from engines.core import scheduler
 from engines.core.engine import LLMEngine
 from engines.core.graphs import ladder
 from tests.engines.core.test_engine import generate, prompts
@@ -127,6 +128,26 @@ def test_memory_that_is_missing_leaves_the_large_sizes_out() -> None:
     outcomes = finish(engine, [generate(i, p, n=4 * (i + 1)) for i, p in enumerate(texts)])
     assert [outcomes[i].token_ids for i in range(4)] == [MODEL.greedy(p, 4 * (i + 1)) for i, p in enumerate(texts)]
     assert device.num_replayed > 0
+
+
+def test_prompts_are_admitted_many_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step with a prompt in it is not replayed, so that one for each sequence that ends would be dear."""
+
+    engine, device = captured(max_num_seqs=8, num_blocks=200, max_num_batched_tokens=256, prefix_caching=False)
+    assert engine.scheduler.patient
+    monkeypatch.setattr(scheduler, "PATIENCE", 4)
+    texts = prompts(30)
+
+    def run(patient: bool) -> tuple[float, list[list[int]]]:
+        engine.scheduler.patient = patient
+        replayed, steps = device.num_replayed, engine.stats().num_steps
+        outcomes = finish(engine, [generate(i, p, n=4 + i % 9) for i, p in enumerate(texts)])
+        tokens = [outcomes[i].token_ids for i in range(len(texts))]
+        return (device.num_replayed - replayed) / (engine.stats().num_steps - steps), tokens
+
+    (hasty, one), (patient, other) = run(False), run(True)
+    assert one == other
+    assert patient > hasty + 0.1, (hasty, patient)
 
 
 def test_what_is_not_plain_decoding_is_not_replayed() -> None:

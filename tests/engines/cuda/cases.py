@@ -9,6 +9,7 @@ from tests.cases import Case, cases
 from tests.csrc.cuda.emulated import HEAD_DIMS
 
 OPS = table.parse(table.FULL).ops
+ATTENTION = ("paged_attention", "quantized_attention")
 
 
 def compiled() -> list[tuple[Case, torch.dtype]]:
@@ -18,9 +19,11 @@ def compiled() -> list[tuple[Case, torch.dtype]]:
             allowed = OPS[case.op].get("dtype")
             if allowed is not None and not allowed.accepts(str(dtype).removeprefix("torch.")):
                 continue
-            if case.op == "paged_attention" and case.arguments(dtype)[0].shape[2] not in HEAD_DIMS:
+            if case.op in ATTENTION and case.arguments(dtype)[0].shape[2] not in HEAD_DIMS:
                 continue
             if dtype == torch.float16 and case.name.endswith(", blocks of 32"):
                 continue  # as the same case without, in the other dtype
+            if dtype == torch.float16 and case.op == "quantized_attention":
+                continue  # test_quantized_kv.py has it
             found.append((case, dtype))
     return found

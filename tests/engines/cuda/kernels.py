@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engines.batch import Batch
 from engines.cuda.opset import OpSet
-from engines.ops.kv_cache import KVCache
+from engines.ops.kv_cache import KVCache, KVDtype, QuantizedKVCache, quantize_vectors
 from engines.ops.moe import Projection
 from engines.ops.quantized import Float8Weight, GroupedIntWeight, Int8Weight, MXFP4Weight
 from engines.ops.sampling import SamplingBatch
@@ -43,8 +43,10 @@ class Kernel:
     """Fraction of the measured copy bandwidth (or of the matrix rate, where flops decide) that is expected."""
 
 
-def attention(tokens: int, lengths: list[int], head_dim: int = 128) -> Callable[[OpSet, torch.device], Work]:
-    """The last `tokens` tokens of each sequence, 32 query heads on 8 KV heads."""
+def attention(
+    tokens: int, lengths: list[int], head_dim: int = 128, kv_dtype: KVDtype | None = None
+) -> Callable[[OpSet, torch.device], Work]:
+    """The last `tokens` tokens of each sequence, 32 query heads on 8 KV heads. kv_dtype: None for bfloat16."""
 
     def make(ops: OpSet, device: torch.device) -> Work:
         heads, kv_heads, num_seqs = 32, 8, len(lengths)
@@ -63,6 +65,13 @@ def attention(tokens: int, lengths: list[int], head_dim: int = 128) -> Callable[
             max_seqlen_k=max(lengths),
             block_tables=blocks,
         )
+        if kv_dtype is not None:
+            coded = (quantize_vectors(t, kv_dtype) for t in (cache.k, cache.v))
+            (k, k_scales), (v, v_scales) = coded
+            small = QuantizedKVCache(kv_dtype, head_dim, k, v, k_scales, v_scales)
+            vector = k.shape[3] + 4 * k_scales.shape[3]
+            moved = 2 * sum(lengths) * kv_heads * vector + 2 * q.numel() * 2
+            return Work(lambda: ops.quantized_attention(q, small, batch, head_dim**-0.5), moved)
         pairs = sum(tokens * (length - (tokens - 1) / 2) for length in lengths)
         moved = 2 * 2 * sum(lengths) * kv_heads * head_dim + 2 * q.numel() * 2
         return Work(lambda: ops.paged_attention(q, cache, batch, head_dim**-0.5), moved, 4 * pairs * heads * head_dim)
@@ -72,6 +81,14 @@ def attention(tokens: int, lengths: list[int], head_dim: int = 128) -> Callable[
 
 def _decode(ops: OpSet, device: torch.device, small: bool) -> Work:
     return attention(1, [600, 40] if small else [4096] * 64)(ops, device)
+
+
+def _decode_coded(kv_dtype: KVDtype) -> Callable[[OpSet, torch.device, bool], Work]:
+    def make(ops: OpSet, device: torch.device, small: bool) -> Work:
+        lengths = [600, 40] if small else [4096] * 64
+        return attention(1, lengths, kv_dtype=kv_dtype)(ops, device)
+
+    return make
 
 
 def _prefill(ops: OpSet, device: torch.device, small: bool) -> Work:
@@ -196,6 +213,13 @@ def _write(ops: OpSet, device: torch.device, small: bool) -> Work:
     return Work(lambda: ops.write_kv(k, v, cache, slots), 2 * (k.numel() + v.numel()) * 2)
 
 
+def _write_coded(ops: OpSet, device: torch.device, small: bool) -> Work:
+    _, k, v = _qkv(_rows(small), device)
+    cache = ops.allocate_quantized_kv_cache(len(k) // BLOCK_SIZE + 1, BLOCK_SIZE, 8, 128, "int8", device)
+    slots = torch.randperm((len(k) // BLOCK_SIZE + 1) * BLOCK_SIZE, device=device)[: len(k)]
+    return Work(lambda: ops.write_quantized_kv(k, v, cache, slots), (k.numel() + v.numel()) * 3 + len(k) * 2 * 8 * 8)
+
+
 def _sample(ops: OpSet, device: torch.device, small: bool) -> Work:
     rows, vocab = (2, 300) if small else (128, 128256)
     logits = torch.randn(rows, vocab, device=device)
@@ -206,6 +230,7 @@ def _sample(ops: OpSet, device: torch.device, small: bool) -> Work:
 
 
 _ATTENTION = ("attention.h", "attention.cuh", "attention.cu", "primitives.cuh")
+_CODED = (*_ATTENTION, "attention_decode.cuh", "attention_coded.cuh", "kv_codes.cuh")
 _ELEMENTWISE = ("elementwise.cuh", "elementwise.cu", "primitives.cuh")
 _PRODUCT = ("product.h", "product_formats.cuh", "product.cuh", "splits.cuh", "linear.cu", "primitives.cuh")
 _W4A16 = (*_PRODUCT, "product_w4.cu")
@@ -215,6 +240,9 @@ _W8A8 = (*_PRODUCT, "product_int8.cu", "quantize.cuh")
 _SM90 = ("attention_prefill.cuh", "attention_prefill_sm90.cuh", "attention_prefill_sm90.cu", "primitives_sm90.cuh")
 KERNELS = (
     Kernel("decode attention, 64 x 4096", (*_ATTENTION, "attention_decode.cuh"), _decode, 0.85),
+    Kernel("int8 decode attention, 64 x 4096", _CODED, _decode_coded("int8"), 0.80),
+    Kernel("int4 decode attention, 64 x 4096", _CODED, _decode_coded("int4"), 0.60),
+    Kernel("fp8 decode attention, 64 x 4096", _CODED, _decode_coded("fp8"), 0.80),
     Kernel("prefill attention, 8192 causal", (*_ATTENTION, *_SM90), _prefill, 0.45),
     Kernel("w4a16 4096 x 14336, batch 1", _W4A16, _w4a16(1), 0.80),
     Kernel("w4a16 4096 x 14336, batch 16", _W4A16, _w4a16(16), 0.80),
@@ -232,5 +260,6 @@ KERNELS = (
     Kernel("act_and_mul 8192 x 14336", _ELEMENTWISE, _gate, 0.85),
     Kernel("rope 8192 x 40 heads", _ELEMENTWISE, _rope, 0.80),
     Kernel("write_kv 8192 x 8 heads", _ELEMENTWISE, _write, 0.80),
+    Kernel("write_quantized_kv 8192 x 8 heads", ("kv_codes.cuh", "kv_write.cuh", "kv_write.cu"), _write_coded, 0.50),
     Kernel("sample 128 x 128256, top_p", ("sampling.cuh", "sampling.cu", "primitives.cuh"), _sample, 0.05),
 )

@@ -28,7 +28,9 @@ def test_every_kernel_source_is_timed() -> None:
         "attention_launch.h",
         "product_launch.h",
         "attention_decode.cu",
+        "attention_decode_coded.cu",
         "attention_prefill.cu",
+        "attention_prefill_coded.cu",
         "library.cu",
         "README.md",
     }

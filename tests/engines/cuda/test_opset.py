@@ -70,9 +70,9 @@ def test_the_table_is_what_was_compiled() -> None:
     text = table.read(emulated.library())
     assert text is not None
     found, full = table.parse(text), table.parse(table.FULL)
-    heads = found.ops["paged_attention"].pop("head_dim")
-    assert heads.values == emulated.HEAD_DIMS
-    full.ops["paged_attention"].pop("head_dim")
+    for op in ("paged_attention", "quantized_attention"):
+        assert found.ops[op].pop("head_dim").values == emulated.HEAD_DIMS
+        full.ops[op].pop("head_dim")
     assert found.ops == full.ops
 
 

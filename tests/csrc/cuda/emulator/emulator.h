@@ -67,7 +67,7 @@ constexpr size_t kStackBytes = 256 << 10;
 struct Copy {
   void* to;
   const void* from;
-  int group;
+  int bytes, group;
   bool valid;
 };
 
@@ -163,8 +163,8 @@ template <class T, class Pick> auto exchange(uint32_t mask, const T& value, cons
 }
 
 inline void land(const Copy& copy) {
-  if (copy.valid) std::memcpy(copy.to, copy.from, 16);
-  else std::memset(copy.to, 0, 16);
+  if (copy.valid) std::memcpy(copy.to, copy.from, copy.bytes);
+  else std::memset(copy.to, 0, copy.bytes);
 }
 
 inline bool copies_land_early() {

@@ -63,6 +63,12 @@ inline uint32_t float_to_e4m3(float x) {
   return sign | std::min(((exponent + 6) << 3) + steps, 126);
 }
 inline uint32_t pack_e4m3(float low, float high) { return float_to_e4m3(low) | float_to_e4m3(high) << 8; }
+inline uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t which) {
+  const uint64_t both = static_cast<uint64_t>(b) << 32 | a;
+  uint32_t result = 0;
+  for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(both >> 8 * (which >> 4 * i & 7) & 0xFF) << 8 * i;
+  return result;
+}
 inline float multiply(float a, float b) { volatile float c = a * b; return c; }
 inline float add(float a, float b) { volatile float c = a + b; return c; }
 
@@ -73,13 +79,14 @@ inline uint4 load_streaming(const void* from) {
   return *static_cast<const uint4*>(from);
 }
 
-inline void copy_async(void* to, const void* from, bool valid) {
-  if ((reinterpret_cast<uintptr_t>(to) | (valid ? reinterpret_cast<uintptr_t>(from) : 0)) % 16)
-    emulator::fail("copy_async of an address that 16 does not divide");
-  const emulator::Copy copy{to, from, emulator::thread->copy_group, valid};
+template <int BYTES> void copy_async_short(void* to, const void* from, bool valid) {
+  if ((reinterpret_cast<uintptr_t>(to) | (valid ? reinterpret_cast<uintptr_t>(from) : 0)) % BYTES)
+    emulator::fail("an asynchronous copy of an address that its size does not divide");
+  const emulator::Copy copy{to, from, BYTES, emulator::thread->copy_group, valid};
   if (emulator::copies_land_early()) emulator::land(copy);
   else emulator::thread->copies.push_back(copy);
 }
+inline void copy_async(void* to, const void* from, bool valid) { copy_async_short<16>(to, from, valid); }
 inline void copy_commit() { emulator::thread->copy_group++; }
 template <int N> void copy_wait() {
   emulator::Thread& own = *emulator::thread;
