@@ -240,7 +240,7 @@ def test_every_combination_has_a_verdict_or_a_named_error(architecture: str, hos
         on_cuda = host in ("sm80", "sm90") and dtype != "float32" and native and backend != "cpu"
         on_cuda = on_cuda and quantization != "nameless" and not adapters
         on_triton = backend == "auto" and quantization != "nameless" and (native or quantization == "none")
-        on_triton = on_triton and known and not adapters
+        on_triton = on_triton and known and (native or not adapters)
         capable = host[:4] in ("sm80", "sm90") or host in ("rocm", "ascend")
         on_triton = on_triton and (capable or (host == "sm75" and dtype != "bfloat16"))
         runnable = runnable and (on_cuda or backend != "cuda")
@@ -712,7 +712,11 @@ def test_a_quantized_cache_holds_more_and_is_part_of_the_requirements() -> None:
     size = plain.memory[0].kv_bytes_per_token // 2
     assert size < small.memory[0].kv_bytes_per_token < size * 1.2
     assert small.settings.config.kv_dtype == "int8"
-    assert [note for verdict in small.verdicts for note in verdict.notes if note.startswith("quantized_attention")]
+    slow = planning(replace(CPU, extensions=frozenset()), backend="cpu", backend_config=CpuConfig(kv_dtype="int8"))
+    bare = resolve(slow, checkpoint(), replace(CPU, extensions=frozenset()), "generate")
+    for plan, noted in ((small, False), (bare, True)):
+        notes = [note for verdict in plan.verdicts for note in verdict.notes]
+        assert any(note.startswith("quantized_attention") for note in notes) is noted
     through = planning(CPU, backend="cpu", backend_config=CpuConfig(kv_dtype="int8"))
     with pytest.raises(EngineError, match="transformers_model kv_dtype=int8: cpu does not offer it"):
         resolve(through, checkpoint(architectures=["GPT2LMHeadModel"], n_positions=1024), CPU, "generate", True)
