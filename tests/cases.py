@@ -173,6 +173,16 @@ def rotations() -> Iterator[Case]:
 
         yield Case("rope", f"{rows}x{head_dim}/{rotary_dim}", make, {}, modifies=(0, 1))
 
+        def stored(
+            dtype: torch.dtype, make: Callable[..., tuple[Any, ...]] = make, rows: int = rows, size: int = head_dim
+        ) -> tuple[Any, ...]:
+            q, k, *angles = make(dtype)
+            empty = torch.full((30, 1, 8, size), float("nan"), dtype=dtype)
+            slots = torch.randperm(30 * 8, generator=torch.Generator().manual_seed(1))[:rows]
+            return q, k, numbers(rows, 1, size, dtype=dtype, seed=2), *angles, KVCache(empty, empty.clone()), slots
+
+        yield Case("rope_write_kv", f"{rows}x{head_dim}/{rotary_dim}", stored, {}, modifies=(0, 5))
+
 
 def cache_writes() -> Iterator[Case]:
     for rows in (0, 1, 77):

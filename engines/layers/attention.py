@@ -47,14 +47,12 @@ class Attention:
         q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in qkv)
         if self.norms:
             q, k = (norm.forward(part) for norm, part in zip(self.norms, (q, k), strict=True))
-        self.ops.rope(q, k, rotation.positions, rotation.cos_sin)
         assert batch.slot_mapping is not None
+        self.ops.rope_write_kv(q, k, v, rotation.positions, rotation.cos_sin, cache, batch.slot_mapping)
         options = (self.softmax_scale, self.window, self.softcap, self.sinks)
         if isinstance(cache, QuantizedKVCache):
-            self.ops.write_quantized_kv(k, v, cache, batch.slot_mapping)
             out = self.ops.quantized_attention(q, cache, batch, *options)
         else:
-            self.ops.write_kv(k, v, cache, batch.slot_mapping)
             out = self.ops.paged_attention(q, cache, batch, *options)
         return self.group.sum(self.o_proj.forward(out.flatten(1), batch.adapter_ids))
 

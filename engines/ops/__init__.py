@@ -27,6 +27,7 @@ class OpSet:
     paged_attention = staticmethod(attention.paged_attention)
     allocate_quantized_kv_cache = staticmethod(kv_cache.allocate_quantized_kv_cache)
     write_quantized_kv = staticmethod(kv_cache.write_quantized_kv)
+    rope_write_kv = kv_cache.rope_write_kv
     quantized_attention = attention.quantized_attention
     allocate_latent_cache = staticmethod(kv_cache.allocate_latent_cache)
     write_latent = staticmethod(kv_cache.write_latent)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from engines.ops import OpSet
 
 KVDtype = Literal["int8", "int4", "fp8"]
 LEVELS = {"int8": 255, "int4": 15}
@@ -131,6 +134,27 @@ def write_quantized_kv(k: Tensor, v: Tensor, cache: QuantizedKVCache, slot_mappi
         code, scale = quantize_vectors(x, cache.kv_dtype)
         codes[block, :, offset] = code.to(codes.dtype)
         scales[block, :, offset] = scale.to(scales.dtype)
+
+
+def rope_write_kv(
+    self: OpSet,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    cache: KVCache | QuantizedKVCache,
+    slot_mapping: Tensor,
+) -> None:
+    """What `rope` does to q and k, and then `write_kv`, or `write_quantized_kv`, with k and v.
+
+    Modifies q and cache; what k holds afterwards is not defined.
+    """
+    self.rope(q, k, positions, cos_sin)
+    if isinstance(cache, QuantizedKVCache):
+        self.write_quantized_kv(k, v, cache, slot_mapping)
+    else:
+        self.write_kv(k, v, cache, slot_mapping)
 
 
 def quantize_vectors(x: Tensor, kv_dtype: KVDtype) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,8 @@
 """Keys and values into the paged caches, in the reference's layouts: a program stores one token.
 
 Cost of T tokens: 4 T num_kv_heads head_dim b bytes and no operations; in 8 or 4 bits 2 T num_kv_heads head_dim b bytes
-read, and what kv_vector_bytes of engines/costs.py says written; of latents 2 T (rank + rope_dim) b bytes.
+read, and what kv_vector_bytes of engines/costs.py says written; of latents 2 T (rank + rope_dim) b bytes. Where queries
+are turned on the way, what rotary.py says of them.
 """
 
 from __future__ import annotations
@@ -11,70 +12,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from engines.ops import OpSet
 from engines.ops.kv_cache import FP8_MAX, TINY, KVCache, LatentCache, QuantizedKVCache
 from engines.triton.launch import dense_rows, power_of_two, warps
+from engines.triton.rotary import turn
 
 LARGEST, SMALLEST_SCALE = tl.constexpr(FP8_MAX), tl.constexpr(TINY)
 ROUNDING = tl.constexpr(12582912.0)
 """1.5 * 2^23: adding it to a small float32 and taking it away rounds to an integer, half to even."""
-
-
-@triton.jit
-def write_kv_kernel(
-    k_ptr: tl.tensor,
-    v_ptr: tl.tensor,
-    k_cache_ptr: tl.tensor,
-    v_cache_ptr: tl.tensor,
-    slots_ptr: tl.tensor,
-    k_token_stride: tl.tensor,
-    k_head_stride: tl.tensor,
-    v_token_stride: tl.tensor,
-    v_head_stride: tl.tensor,
-    num_slots: tl.tensor,
-    BLOCK_SIZE: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEADS_BLOCK: tl.constexpr,
-    D: tl.constexpr,
-    D_BLOCK: tl.constexpr,
-) -> None:
-    """Grid: [num_tokens]. caches: [num_blocks, HEADS, BLOCK_SIZE, D], dense."""
-    token = tl.program_id(0).to(tl.int64)
-    slot = tl.load(slots_ptr + token)
-    if slot < 0 or slot >= num_slots:
-        return
-    heads, columns = tl.arange(0, HEADS_BLOCK), tl.arange(0, D_BLOCK)
-    mask = (heads < HEADS)[:, None] & (columns < D)[None, :]
-    block, offset = slot // BLOCK_SIZE, slot % BLOCK_SIZE
-    to = ((block * HEADS + heads) * BLOCK_SIZE + offset)[:, None] * D + columns[None, :]
-    k = tl.load(k_ptr + token * k_token_stride + heads[:, None] * k_head_stride + columns[None, :], mask=mask)
-    tl.store(k_cache_ptr + to, k.to(k_cache_ptr.dtype.element_ty), mask=mask)
-    v = tl.load(v_ptr + token * v_token_stride + heads[:, None] * v_head_stride + columns[None, :], mask=mask)
-    tl.store(v_cache_ptr + to, v.to(v_cache_ptr.dtype.element_ty), mask=mask)
-
-
-def write_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
-    """As the reference. Tokens with a slot outside the cache are not stored."""
-    num_tokens, heads, head_dim = k.shape
-    if not num_tokens:
-        return
-    k, v = dense_rows(k), dense_rows(v)
-    heads_block, block = power_of_two(heads), power_of_two(head_dim)
-    write_kv_kernel[(num_tokens,)](
-        k,
-        v,
-        cache.k,
-        cache.v,
-        slot_mapping,
-        *k.stride()[:2],
-        *v.stride()[:2],
-        cache.k.shape[0] * cache.block_size,
-        BLOCK_SIZE=cache.block_size,
-        HEADS=heads,
-        HEADS_BLOCK=heads_block,
-        D=head_dim,
-        D_BLOCK=block,
-        num_warps=warps(heads_block * block),
-    )
 
 
 @triton.jit
@@ -103,118 +48,226 @@ def to_integers(x: tl.tensor, low: tl.tensor, scale: tl.tensor, LEVELS: tl.const
 
 
 @triton.jit
-def store_quantized(
+def load_heads(
+    x_ptr: tl.tensor,
+    heads: tl.tensor,
+    columns: tl.tensor,
+    mask: tl.tensor,
+    head_stride: tl.tensor,
+    angles_ptr: tl.tensor,
+    HALF: tl.constexpr,
+) -> tl.tensor:
+    """Columns of all heads of a token, turned as by rotary.py where HALF is not 0. angles: HALF cosines, then sines."""
+    x = tl.load(x_ptr + heads[:, None] * head_stride + columns[None, :], mask=mask, other=0.0)
+    if HALF:
+        turns, upper = columns < 2 * HALF, columns >= HALF
+        partner = tl.where(upper, columns - HALF, columns + HALF)
+        at = x_ptr + heads[:, None] * head_stride + partner[None, :]
+        other = tl.load(at, mask=mask & turns[None, :], other=0.0)
+        angle = angles_ptr + tl.where(upper, columns - HALF, columns)
+        cos = tl.load(angle, mask=turns, other=1.0).to(tl.float32)
+        sin = tl.load(angle + HALF, mask=turns, other=0.0).to(tl.float32)
+        along = (x.to(tl.float32) * cos[None, :]).to(x.dtype).to(tl.float32)
+        across = (other.to(tl.float32) * sin[None, :]).to(x.dtype).to(tl.float32)
+        x = (along + tl.where(upper[None, :], across, -across)).to(x.dtype)
+    return x
+
+
+@triton.jit
+def store_heads(
     x_ptr: tl.tensor,
     head_stride: tl.tensor,
-    codes_ptr: tl.tensor,
+    cache_ptr: tl.tensor,
     scales_ptr: tl.tensor,
     rows: tl.tensor,
     heads: tl.tensor,
+    angles_ptr: tl.tensor,
     HEADS: tl.constexpr,
     D: tl.constexpr,
     D_BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
     KIND: tl.constexpr,
 ) -> None:
-    """All heads of one token, at x_ptr, into the rows of codes and scales. int4: even and odd columns apart."""
+    """All heads of one token, at x_ptr, into rows of the cache and its scales. int4: even and odd columns apart."""
     STEP: tl.constexpr = 2 if KIND == "int4" else 1
     WIDTH: tl.constexpr = (D + 1) // 2 if KIND == "int4" else D
     columns = tl.arange(0, D_BLOCK)
     there = heads < HEADS
     mask = there[:, None] & (columns * STEP < D)[None, :]
-    at = x_ptr + heads[:, None] * head_stride + columns[None, :] * STEP
-    x = tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    bad = tl.max((x != x).to(tl.int32), 1)
-    if KIND == "fp8":
-        scale = tl.maximum(
-            tl.div_rn(tl.max(tl.abs(x), 1), tl.full([heads.shape[0]], LARGEST, tl.float32)), SMALLEST_SCALE
-        )
-        scale = tl.where(bad != 0, float("nan"), scale)
+    x = load_heads(x_ptr, heads, columns * STEP, mask, head_stride, angles_ptr, HALF)
+    to = cache_ptr + rows[:, None] * WIDTH + columns[None, :]
+    if KIND == "plain":
+        tl.store(to, x.to(cache_ptr.dtype.element_ty), mask=mask)
+    elif KIND == "fp8":
+        x = x.to(tl.float32)
+        bad = tl.max((x != x).to(tl.int32), 1)
+        scale = tl.div_rn(tl.max(tl.abs(x), 1), tl.full([heads.shape[0]], LARGEST, tl.float32))
+        scale = tl.where(bad != 0, float("nan"), tl.maximum(scale, SMALLEST_SCALE))
         code = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
-        code = to_float8(tl.where(code == code, tl.minimum(tl.maximum(code, -LARGEST), LARGEST), code))
+        code = tl.where(code == code, tl.minimum(tl.maximum(code, -LARGEST), LARGEST), code)
         tl.store(scales_ptr + rows, scale, mask=there)
+        tl.store(to, to_float8(code), mask=mask)
     else:
         LEVELS: tl.constexpr = 255.0 if KIND == "int8" else 15.0
+        x = x.to(tl.float32)
+        bad = tl.max((x != x).to(tl.int32), 1)
         low = tl.min(tl.where(mask, x, float("inf")), 1)
         high = tl.max(tl.where(mask, x, float("-inf")), 1)
-        odd = x
+        odd, more = x, mask
         if KIND == "int4":
             more = there[:, None] & (columns * 2 + 1 < D)[None, :]
-            odd = tl.load(at + 1, mask=more, other=0.0).to(tl.float32)
+            odd = load_heads(x_ptr, heads, columns * 2 + 1, more, head_stride, angles_ptr, HALF).to(tl.float32)
             bad = tl.maximum(bad, tl.max((odd != odd).to(tl.int32), 1))
             low = tl.minimum(low, tl.min(tl.where(more, odd, float("inf")), 1))
             high = tl.maximum(high, tl.max(tl.where(more, odd, float("-inf")), 1))
-        scale = tl.maximum(tl.div_rn(high - low, tl.full([heads.shape[0]], LEVELS, tl.float32)), SMALLEST_SCALE)
-        scale = tl.where(bad != 0, float("nan"), scale)
+        scale = tl.div_rn(high - low, tl.full([heads.shape[0]], LEVELS, tl.float32))
+        scale = tl.where(bad != 0, float("nan"), tl.maximum(scale, SMALLEST_SCALE))
         code = to_integers(x, low, scale, LEVELS)
         if KIND == "int4":
             code |= tl.where(more, to_integers(odd, low, scale, LEVELS), 0) << 4
         tl.store(scales_ptr + rows * 2, scale, mask=there)
         tl.store(scales_ptr + rows * 2 + 1, low, mask=there)
-    tl.store(codes_ptr + rows[:, None] * WIDTH + columns[None, :], code, mask=mask)
+        tl.store(to, code, mask=mask)
 
 
 @triton.jit
-def write_quantized_kv_kernel(
+def write_kernel(
+    q_ptr: tl.tensor,
     k_ptr: tl.tensor,
     v_ptr: tl.tensor,
-    k_codes_ptr: tl.tensor,
-    v_codes_ptr: tl.tensor,
+    k_cache_ptr: tl.tensor,
+    v_cache_ptr: tl.tensor,
     k_scales_ptr: tl.tensor,
     v_scales_ptr: tl.tensor,
     slots_ptr: tl.tensor,
+    positions_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    q_token_stride: tl.tensor,
+    q_head_stride: tl.tensor,
     k_token_stride: tl.tensor,
     k_head_stride: tl.tensor,
     v_token_stride: tl.tensor,
     v_head_stride: tl.tensor,
+    table_stride: tl.tensor,
     num_slots: tl.tensor,
+    num_positions: tl.tensor,
     BLOCK_SIZE: tl.constexpr,
+    Q_HEADS: tl.constexpr,
+    Q_HEADS_BLOCK: tl.constexpr,
     HEADS: tl.constexpr,
     HEADS_BLOCK: tl.constexpr,
     D: tl.constexpr,
     D_BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
     KIND: tl.constexpr,
 ) -> None:
-    """Grid: [num_tokens]. codes: [num_blocks, HEADS, BLOCK_SIZE, D or half of it], scales: [..., 1 or 2], dense."""
+    """Grid: [num_tokens]. caches: [num_blocks, HEADS, BLOCK_SIZE, D, or half of it], scales: [..., 1 or 2], dense.
+
+    HALF: half of what is turned of a head, of queries in place and of keys on their way; 0: nothing is turned.
+    """
     token = tl.program_id(0).to(tl.int64)
+    angles_ptr = table_ptr
+    if HALF:
+        position = tl.load(positions_ptr + token)
+        if position < 0 or position >= num_positions:
+            return
+        angles_ptr += position * table_stride
+        half = tl.arange(0, HALF_BLOCK)
+        cos = tl.load(angles_ptr + half, mask=half < HALF, other=0.0)
+        sin = tl.load(angles_ptr + HALF + half, mask=half < HALF, other=0.0)
+        turn(q_ptr + token * q_token_stride, cos, sin, q_head_stride, Q_HEADS, Q_HEADS_BLOCK, HALF, HALF_BLOCK)
     slot = tl.load(slots_ptr + token)
     if slot < 0 or slot >= num_slots:
         return
     heads = tl.arange(0, HEADS_BLOCK)
     rows = (slot // BLOCK_SIZE * HEADS + heads) * BLOCK_SIZE + slot % BLOCK_SIZE
-    store_quantized(
-        k_ptr + token * k_token_stride, k_head_stride, k_codes_ptr, k_scales_ptr, rows, heads, HEADS, D, D_BLOCK, KIND
-    )
-    store_quantized(
-        v_ptr + token * v_token_stride, v_head_stride, v_codes_ptr, v_scales_ptr, rows, heads, HEADS, D, D_BLOCK, KIND
-    )
+    store_heads(
+        k_ptr + token * k_token_stride, k_head_stride, k_cache_ptr, k_scales_ptr, rows, heads, angles_ptr,
+        HEADS, D, D_BLOCK, HALF, KIND,
+    )  # fmt: skip
+    store_heads(
+        v_ptr + token * v_token_stride, v_head_stride, v_cache_ptr, v_scales_ptr, rows, heads, angles_ptr,
+        HEADS, D, D_BLOCK, 0, KIND,
+    )  # fmt: skip
+
+
+def write_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None:
+    """As the reference. Tokens with a slot outside the cache are not stored."""
+    _write(k, v, cache, slot_mapping)
 
 
 def write_quantized_kv(k: Tensor, v: Tensor, cache: QuantizedKVCache, slot_mapping: Tensor) -> None:
     """As the reference. Tokens with a slot outside the cache are not stored."""
+    _write(k, v, cache, slot_mapping)
+
+
+def rope_write_kv(
+    self: OpSet,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    cache: KVCache | QuantizedKVCache,
+    slot_mapping: Tensor,
+) -> None:
+    """As the reference, in one launch; k is left as it is. The bits are those of rope and the writing op.
+
+    Tokens with a position outside the table are left alone, and those with a slot outside the cache are not stored.
+    """
+    assert q.stride(-1) == 1 or q.shape[-1] == 1, "heads must be dense"
+    _write(k, v, cache, slot_mapping, q, positions, cos_sin)
+
+
+def _write(
+    k: Tensor,
+    v: Tensor,
+    cache: KVCache | QuantizedKVCache,
+    slots: Tensor,
+    q: Tensor | None = None,
+    positions: Tensor | None = None,
+    cos_sin: Tensor | None = None,
+) -> None:
+    """q, positions and cos_sin: all of them, or none."""
     num_tokens, heads, head_dim = k.shape
     if not num_tokens:
         return
     k, v = dense_rows(k), dense_rows(v)
+    kind: str = "plain"
+    stored: tuple[Tensor | None, ...] = (cache.k, cache.v, None, None)
+    if isinstance(cache, QuantizedKVCache):
+        kind = cache.kv_dtype
+        stored = (cache.k.view(torch.uint8), cache.v.view(torch.uint8), cache.k_scales, cache.v_scales)
+    half = 0 if cos_sin is None else cos_sin.shape[1] // 2
+    q_heads = 1 if q is None else q.shape[1]
     heads_block = power_of_two(heads)
-    block = power_of_two(-(-head_dim // 2) if cache.kv_dtype == "int4" else head_dim)
-    write_quantized_kv_kernel[(num_tokens,)](
+    block = power_of_two(-(-head_dim // 2) if kind == "int4" else head_dim)
+    write_kernel[(num_tokens,)](
+        q,
         k,
         v,
-        cache.k.view(torch.uint8),
-        cache.v.view(torch.uint8),
-        cache.k_scales,
-        cache.v_scales,
-        slot_mapping,
+        *stored,
+        slots,
+        positions,
+        cos_sin,
+        *((0, 0) if q is None else q.stride()[:2]),
         *k.stride()[:2],
         *v.stride()[:2],
+        0 if cos_sin is None else cos_sin.stride(0),
         cache.k.shape[0] * cache.block_size,
+        0 if cos_sin is None else cos_sin.shape[0],
         BLOCK_SIZE=cache.block_size,
+        Q_HEADS=q_heads,
+        Q_HEADS_BLOCK=power_of_two(q_heads),
         HEADS=heads,
         HEADS_BLOCK=heads_block,
         D=head_dim,
         D_BLOCK=block,
-        KIND=cache.kv_dtype,
-        num_warps=warps(heads_block * block),
+        HALF=half,
+        HALF_BLOCK=power_of_two(half),
+        KIND=kind,
+        num_warps=warps(max(heads_block * block, power_of_two(q_heads) * half)),
     )
 
 

@@ -18,6 +18,7 @@ class OpSet(ops.OpSet):
     lora = staticmethod(lora.lora)
     write_kv = staticmethod(kv_cache.write_kv)
     write_quantized_kv = staticmethod(kv_cache.write_quantized_kv)
+    rope_write_kv = kv_cache.rope_write_kv
     write_latent = staticmethod(kv_cache.write_latent)
     paged_attention = staticmethod(attention.paged_attention)
     quantized_attention = staticmethod(attention.quantized_attention)

@@ -119,9 +119,21 @@ def cached(sm: tuple[int, int], kind: str, head_dim: int) -> Iterator[Build]:
         )
     else:
         block = power_of_two(head_dim // 2 if kind == "int4" else head_dim)
-        own = {"BLOCK_SIZE": 32, "HEADS": 8, "HEADS_BLOCK": 8, "D": head_dim, "D_BLOCK": block, "KIND": kind}
-        types = {"k_codes_ptr": "*u8", "v_codes_ptr": "*u8", "slots_ptr": "*i64"}
-        yield f"write {kind} {head_dim}", kv_cache.write_quantized_kv_kernel, own, types, warps(8 * block), 3
+        types = {"k_cache_ptr": "*u8", "v_cache_ptr": "*u8"}
+        yield from writing(kind, head_dim, block, types)
+
+
+def writing(kind: str, head_dim: int, block: int, types: dict[str, str]) -> Iterator[Build]:
+    """Keys and values alone, and with the rotation."""
+    types = {**types, "slots_ptr": "*i64"}
+    own: dict[str, Any] = {"BLOCK_SIZE": 32, "HEADS": 8, "HEADS_BLOCK": 8, "D": head_dim, "D_BLOCK": block}
+    own |= {"KIND": kind} | (dict.fromkeys(("k_scales_ptr", "v_scales_ptr")) if kind == "plain" else {})
+    alone = {"Q_HEADS": 1, "Q_HEADS_BLOCK": 1, "HALF": 0, "HALF_BLOCK": 1}
+    alone |= dict.fromkeys(("q_ptr", "positions_ptr", "table_ptr"))
+    yield f"write {kind} {head_dim}", kv_cache.write_kernel, {**own, **alone}, types, warps(8 * block), 3
+    half = head_dim // 2
+    turned = {"Q_HEADS": 32, "Q_HEADS_BLOCK": 32, "HALF": half, "HALF_BLOCK": power_of_two(half)}
+    yield f"turn {kind} {head_dim}", kv_cache.write_kernel, {**own, **turned}, types, warps(32 * half), 3
 
 
 def adapters() -> Iterator[Build]:
@@ -165,8 +177,7 @@ def elementwise() -> Iterator[Build]:
     yield "softcap", activation.elementwise_kernel, own, {"cap": "fp32"}, 4, 3
     own = {"HEADS": 32, "KV_HEADS": 8, "HEADS_BLOCK": 32, "KV_HEADS_BLOCK": 8, "HALF": 64, "HALF_BLOCK": 64}
     yield "rope", rotary.rope_kernel, own, {}, warps(32 * 64), 3
-    own = {"BLOCK_SIZE": 32, "HEADS": 8, "HEADS_BLOCK": 8, "D": 128, "D_BLOCK": 128}
-    yield "write_kv", kv_cache.write_kv_kernel, own, {"slots_ptr": "*i64"}, warps(8 * 128), 3
+    yield from writing("plain", 128, 128, {})
 
 
 def packed(sm: tuple[int, int]) -> Iterator[Build]:
