@@ -25,15 +25,19 @@ class World:
 
 
 def world(launch: Launch, environment: Mapping[str, str]) -> World:
-    """Raises ValueError, worded for a person, for variables that are missing or no numbers."""
+    """With srun, ranks meet on the first host of the step, or at MASTER_ADDR and MASTER_PORT where they are set.
+
+    Raises ValueError, worded for a person, for variables that are missing or no numbers.
+    """
     if launch == "torchrun":
         named = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT", "MASTER_ADDR")
         rank, size, local, port = _numbers(launch, environment, named)
         return World(rank, size, local, environment["MASTER_ADDR"], port)
     names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_JOB_ID", "SLURM_STEP_ID", "SLURM_STEP_NODELIST")
     rank, size, local, job, step = _numbers(launch, environment, names)
-    port = FIRST_PORT + (job * 17 + step) % NUM_PORTS
-    return World(rank, size, local, first_host(environment["SLURM_STEP_NODELIST"]), port)
+    address = environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"])
+    port = int(environment.get("MASTER_PORT") or FIRST_PORT + (job * 17 + step) % NUM_PORTS)
+    return World(rank, size, local, address, port)
 
 
 def _numbers(launch: Launch, environment: Mapping[str, str], names: tuple[str, ...]) -> list[int]:

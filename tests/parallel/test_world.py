@@ -32,6 +32,8 @@ def test_what_the_environment_says() -> None:
     here = world("srun", SRUN)
     assert (here.rank, here.size, here.local_rank, here.address) == (5, 8, 1, "gpu03")
     assert here.port != world("srun", {**SRUN, "SLURM_STEP_ID": "1"}).port
+    elsewhere = world("srun", SRUN | {"MASTER_ADDR": "10.0.0.9", "MASTER_PORT": "999"})
+    assert (elsewhere.address, elsewhere.port) == ("10.0.0.9", 999)
     with pytest.raises(ValueError, match=r"launch: srun, and SLURM_NTASKS is not set; expected a process that srun"):
         world("srun", {k: v for k, v in SRUN.items() if k != "SLURM_NTASKS"})
     with pytest.raises(ValueError, match=r"launch: torchrun: .*'two'"):
