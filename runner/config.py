@@ -468,5 +468,5 @@ def _interpolated_secrets(written: Any, resolved: Any, path: str) -> Iterator[st
 
 
 def _interpolation_message(error: OmegaConfBaseException) -> str:
-    text = str(error.msg or error).split("\n")[0]
-    return f"{error.full_key or 'configuration'}: {text}; expected a value that can be resolved; correct it"
+    text, key = str(error.msg or error).split("\n")[0], error.full_key or "configuration"
+    return f"{key if key.isprintable() else ascii(key)}: {text}; expected a value that can be resolved; correct it"

@@ -85,7 +85,8 @@ def test_nothing_is_connected_to(job: Any) -> None:
 
 
 def test_only_its_own_process_is_started(job: Any) -> None:
-    started = [arguments for event, arguments in job[1] if event == "subprocess.Popen"]
+    # Triton asks that one for the driver's library where torch is built for CUDA.
+    started = [args for event, args in job[1] if event == "subprocess.Popen" and args[0] != "/sbin/ldconfig"]
     assert started and all(one[0] == sys.executable and "engine_main" in one[1] for one in started), started
     others = {event for event, _ in job[1]} & {"os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork"}
     assert not others

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -325,6 +325,7 @@ PATHS = [
 ]
 
 
+@example([(("\n",), "${0}")])
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.sampled_from(PATHS) | st.tuples(st.text(max_size=6)), JUNK), min_size=1, max_size=4))
 def test_any_configuration_is_a_job_or_a_message(changes: list[tuple[tuple[str, ...], Any]]) -> None:
