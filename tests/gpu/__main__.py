@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from engines.gpu_ledger import FILE as LEDGER
+from engines.platform import installed_extensions
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"triton": ROOT / "engines/triton", "cuda": ROOT / "csrc/cuda"}
@@ -53,9 +54,26 @@ def main() -> int:
     if not asked.interpret and not torch.cuda.is_available():
         print("no GPU: torch.cuda.is_available() is False; --interpret runs Triton's kernels on the processor")
         return 2
-    if "cuda" in asked.backends and not asked.no_build:
-        subprocess.run([sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, check=True)
-    return int(run(asked, "cpu" if asked.interpret else "cuda:0", deadline))
+    missing = "cuda" in asked.backends and not built(asked.no_build)
+    if missing:
+        print("cuda: left out, its library is not here: nvcc is needed to build it")
+        asked.backends = [backend for backend in asked.backends if backend != "cuda"]
+    return int(run(asked, "cpu" if asked.interpret else "cuda:0", deadline) or missing)
+
+
+def built(as_it_is: bool) -> bool:
+    """Whether the CUDA library is here, compiled anew for this device alone where its sources have changed."""
+    import torch
+
+    if not as_it_is:
+        major, minor = torch.cuda.get_device_capability()
+        # From 9.0 on, kernels use what only that generation has.
+        os.environ.setdefault("CSRC_CUDA_ARCHS", f"{major}{minor}{'a' if major >= 9 else ''}")
+        command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        if done.returncode:
+            print(*(done.stdout + done.stderr).splitlines()[-20:], sep="\n")
+    return "cuda" in installed_extensions()
 
 
 def run(asked: argparse.Namespace, device: str, deadline: float) -> bool:

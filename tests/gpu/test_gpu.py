@@ -14,6 +14,7 @@ import torch
 
 from engines.gpu_ledger import FILE as LEDGER
 from tests.engines.triton.kernels import KERNELS
+from tests.gpu import __main__ as gpu
 from tests.gpu import parts
 from tests.gpu.__main__ import FOLDERS, ROOT, entry, one
 from tests.gpu.timing import SMALL, Kernel, decoder
@@ -83,6 +84,25 @@ def test_the_sanitizer_is_run_on_one_case_of_each_op(tmp_path: Path, monkeypatch
         assert found.lines[1] == f"compute-sanitizer: ERROR SUMMARY: {errors} errors"
     monkeypatch.setattr(parts, "_paths", list)
     assert parts.sanitizer(asked).lines == ["left out: compute-sanitizer is not installed"]
+
+
+@pytest.mark.parametrize(("capability", "archs"), [((9, 0), "90a"), ((8, 6), "86"), ((12, 0), "120a")])
+def test_the_library_is_built_for_the_device_that_is_there(
+    capability: tuple[int, int], archs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+
+    def build(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        asked.append([os.environ["CSRC_CUDA_ARCHS"], *command[1:]])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    os.environ.pop("CSRC_CUDA_ARCHS", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
+    monkeypatch.setattr(gpu.subprocess, "run", build)
+    monkeypatch.setattr(gpu, "installed_extensions", lambda: frozenset({"cpu"}))
+    assert not gpu.built(False)
+    assert asked == [[archs, "setup.py", "-q", "build_ext", "--inplace"]]
 
 
 def test_an_entry_of_the_ledger_changes_with_the_sources() -> None:
