@@ -4,11 +4,14 @@
 #include <primitives.cuh>
 
 #include "attention.h"
+#include "latent_attention.cuh"
 
 #ifndef CUDA_OPS_SM
 #define CUDA_OPS_SM ""
 #endif
 #define CUDA_OPS_NAME(D) " " #D
+#define CUDA_OPS_RANK(RANK, ROPE) " " #RANK
+#define CUDA_OPS_ROPE(RANK, ROPE) " " #ROPE
 #define CUDA_OPS_FLOATS " float32 bfloat16 float16\n"
 #define CUDA_OPS_HALVES " bfloat16 float16\n"
 
@@ -41,6 +44,12 @@ extern "C" __attribute__((visibility("default"), used)) const char cuda_ops_tabl
     "paged_attention window any\n"
     "paged_attention softcap any\n"
     "paged_attention sinks any\n"
+    "write_latent dtype" CUDA_OPS_FLOATS
+    "write_latent kv_lora_rank any\n"
+    "write_latent rope_dim any\n"
+    "latent_attention dtype" CUDA_OPS_HALVES
+    "latent_attention kv_lora_rank" CUDA_OPS_LATENTS(CUDA_OPS_RANK) "\n"
+    "latent_attention rope_dim" CUDA_OPS_LATENTS(CUDA_OPS_ROPE) "\n"
     "write_quantized_kv dtype" CUDA_OPS_FLOATS
     "write_quantized_kv head_dim any\n"
     "write_quantized_kv kv_dtype int8 int4 fp8\n"

@@ -33,6 +33,7 @@ QUANTIZED: dict[str, Allowed] = {
 }
 TORCH: dict[str, dict[str, Allowed]] = {
     "linear": {"dtype": DTYPES, "quantization": DENSE_ONLY},
+    "head_linear": {"dtype": DTYPES},
     "embedding": {"dtype": DTYPES},
     "log_softmax_gather": {},
     "top_logprobs": {},

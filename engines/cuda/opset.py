@@ -15,7 +15,7 @@ from engines import extension, ops
 from engines.batch import Batch
 from engines.cuda.experts import PackedExperts, pack_experts
 from engines.cuda.quantized import Fp8Weight, PackedWeight, pack, pack_fp8
-from engines.ops.kv_cache import KVCache, QuantizedKVCache
+from engines.ops.kv_cache import KVCache, LatentCache, QuantizedKVCache
 from engines.ops.linear import LinearWeight
 from engines.ops.moe import Experts, Projection
 from engines.ops.quantized import Float8Weight, Int8Weight, QuantizedWeight
@@ -203,6 +203,22 @@ class OpSet(ops.OpSet):
         result: Tensor = torch.ops.cuda_ops.quantized_attention(_even(q), cache.kv_dtype, *arguments)
         return result
 
+    def write_latent(self, latent: Tensor, cache: LatentCache, slot_mapping: Tensor) -> None:
+        """As the reference. Tokens with a slot outside the cache are not stored."""
+        torch.ops.cuda_ops.write_latent(latent, cache.data, slot_mapping)
+
+    def latent_attention(self, q: Tensor, cache: LatentCache, batch: Batch, softmax_scale: float) -> Tensor:
+        """As the reference, for float16 and bfloat16; products and sums in float32, weights rounded to q's dtype.
+
+        A token's bits do not depend on the batch around it; but the one token of a decoding sequence is summed in
+        another order than it would be as the last one of a longer piece of prompt.
+        """
+        cu_seqlens_q, seq_lens, tables, _, *rest = self._batch(batch, q, None)
+        result: Tensor = torch.ops.cuda_ops.latent_attention(
+            _dense(q), cache.data, cache.rank, cu_seqlens_q, seq_lens, tables, *rest, softmax_scale
+        )
+        return result
+
     def _batch(self, batch: Batch, q: Tensor, sinks: Tensor | None) -> tuple[object, ...]:
         """What the attention kernels are told of a batch."""
         assert batch.block_tables is not None
@@ -252,6 +268,12 @@ def _aligned(x: Tensor) -> Tensor:
     if x.data_ptr() % 16 or (x.shape[0] > 1 and x.stride(0) % 8) or x.stride(1) != 1:
         return x.clone(memory_format=torch.contiguous_format)
     return x
+
+
+def _dense(x: Tensor) -> Tensor:
+    """x, or a copy of it: contiguous from where 16 bytes begin."""
+    fits = x.is_contiguous() and x.data_ptr() % 16 == 0
+    return x if fits else x.clone(memory_format=torch.contiguous_format)
 
 
 def _coded(cache: QuantizedKVCache) -> tuple[Tensor, ...]:

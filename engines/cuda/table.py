@@ -42,6 +42,12 @@ paged_attention group any
 paged_attention window any
 paged_attention softcap any
 paged_attention sinks any
+write_latent dtype float32 bfloat16 float16
+write_latent kv_lora_rank any
+write_latent rope_dim any
+latent_attention dtype bfloat16 float16
+latent_attention kv_lora_rank 512
+latent_attention rope_dim 64
 write_quantized_kv dtype float32 bfloat16 float16
 write_quantized_kv head_dim any
 write_quantized_kv kv_dtype int8 int4 fp8

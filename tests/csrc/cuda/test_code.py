@@ -54,6 +54,7 @@ def test_the_tensor_cores_of_sm_90_are_asked_for_without_serialization(compiled:
         ("attention_decode", "sm_80", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.MT88\.4")),
         ("attention_decode", "sm_90a", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128")),
         ("attention_decode_coded", "sm_80", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", "PRMT", "LOP3")),
+        ("latent_attention", "sm_80", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"LDSM\.16\.MT88\.4")),
         ("attention_prefill_coded", "sm_80", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"STS\.128")),
         ("attention_prefill", "sm_80", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128")),
         ("product_w4", "sm_90a", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"LDS\.128", "LOP3")),

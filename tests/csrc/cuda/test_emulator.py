@@ -80,7 +80,10 @@ def test_a_missing_barrier_is_noticed(tmp_path: Path, file: str, number: int) ->
 
 
 def test_nothing_is_noticed_in_the_kernels_as_they_are() -> None:
-    done = run(emulated.library(), ["paged_attention", "quantized_attention", "rms_norm", "add_rms_norm", "linear"])
+    done = run(
+        emulated.library(),
+        ["paged_attention", "quantized_attention", "latent_attention", "rms_norm", "add_rms_norm", "linear"],
+    )
     assert done.returncode == 0, done.stderr
 
 

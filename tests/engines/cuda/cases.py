@@ -9,6 +9,7 @@ from tests.cases import Case, cases
 from tests.csrc.cuda.emulated import HEAD_DIMS
 
 OPS = table.parse(table.FULL).ops
+LATENT_RANKS = OPS["latent_attention"]["kv_lora_rank"].values
 ATTENTION = ("paged_attention", "quantized_attention")
 
 
@@ -23,7 +24,9 @@ def compiled() -> list[tuple[Case, torch.dtype]]:
                 continue
             if dtype == torch.float16 and case.name.endswith(", blocks of 32"):
                 continue  # as the same case without, in the other dtype
-            if dtype == torch.float16 and case.op == "quantized_attention":
-                continue  # test_quantized_kv.py has it
+            if case.op == "latent_attention" and case.arguments(dtype)[1].rank not in LATENT_RANKS:
+                continue
+            if dtype == torch.float16 and case.op in ("quantized_attention", "latent_attention"):
+                continue  # test_quantized_kv.py and test_latent.py have it
             found.append((case, dtype))
     return found

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from engines.batch import Batch
 from engines.cuda.opset import OpSet
-from engines.ops.kv_cache import KVCache, KVDtype, QuantizedKVCache, quantize_vectors
+from engines.ops.kv_cache import KVCache, KVDtype, LatentCache, QuantizedKVCache, quantize_vectors
 from engines.ops.moe import Projection
 from engines.ops.quantized import Float8Weight, GroupedIntWeight, Int8Weight, MXFP4Weight
 from engines.ops.sampling import SamplingBatch
@@ -81,6 +81,28 @@ def attention(
 
 def _decode(ops: OpSet, device: torch.device, small: bool) -> Work:
     return attention(1, [600, 40] if small else [4096] * 64)(ops, device)
+
+
+def _latent(ops: OpSet, device: torch.device, small: bool) -> Work:
+    """DeepSeek V2 Lite's 16 heads, decoding."""
+    lengths = [40, 1100] if small else [4096] * 64
+    heads, count, width = 16, len(lengths), -(-max(lengths) // BLOCK_SIZE)
+    blocks = torch.randperm(count * width).int().view(count, width).to(device)
+    data = torch.randn(count * width, BLOCK_SIZE, 576, dtype=BF16, device=device)
+    q = torch.randn(count, heads, 576, dtype=BF16, device=device)
+    ids = torch.zeros(count, dtype=torch.int64, device=device)
+    batch = Batch(
+        token_ids=ids,
+        positions=ids,
+        cu_seqlens_q=torch.arange(count + 1, dtype=torch.int32, device=device),
+        seq_lens=torch.tensor(lengths, dtype=torch.int32, device=device),
+        max_seqlen_q=1,
+        max_seqlen_k=max(lengths),
+        block_tables=blocks,
+    )
+    moved = 2 * (sum(lengths) * 576 + q.numel() + count * heads * 512)
+    flops = 2 * sum(lengths) * heads * (576 + 512)
+    return Work(lambda: ops.latent_attention(q, LatentCache(data, 512), batch, 0.1), moved, flops)
 
 
 def _decode_coded(kv_dtype: KVDtype) -> Callable[[OpSet, torch.device, bool], Work]:
@@ -230,6 +252,7 @@ def _sample(ops: OpSet, device: torch.device, small: bool) -> Work:
 
 
 _ATTENTION = ("attention.h", "attention.cuh", "attention.cu", "primitives.cuh")
+_LATENT = ("latent_attention.cuh", "latent_attention.cu", "attention_decode.cuh", "attention.cuh", "primitives.cuh")
 _CODED = (*_ATTENTION, "attention_decode.cuh", "attention_coded.cuh", "kv_codes.cuh")
 _ELEMENTWISE = ("elementwise.cuh", "elementwise.cu", "primitives.cuh")
 _PRODUCT = ("product.h", "product_formats.cuh", "product.cuh", "splits.cuh", "linear.cu", "primitives.cuh")
@@ -243,6 +266,7 @@ KERNELS = (
     Kernel("int8 decode attention, 64 x 4096", _CODED, _decode_coded("int8"), 0.80),
     Kernel("int4 decode attention, 64 x 4096", _CODED, _decode_coded("int4"), 0.60),
     Kernel("fp8 decode attention, 64 x 4096", _CODED, _decode_coded("fp8"), 0.80),
+    Kernel("latent attention, 16 heads, 64 x 4096", _LATENT, _latent, 0.70),
     Kernel("prefill attention, 8192 causal", (*_ATTENTION, *_SM90), _prefill, 0.45),
     Kernel("w4a16 4096 x 14336, batch 1", _W4A16, _w4a16(1), 0.80),
     Kernel("w4a16 4096 x 14336, batch 16", _W4A16, _w4a16(16), 0.80),

@@ -25,6 +25,8 @@ HEAD_DIM = 16
 
 def sized(config: dict[str, Any]) -> dict[str, Any]:
     """A tiny config with heads of a size that kernels are compiled for."""
+    if "kv_lora_rank" in config:
+        config = {**config, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
     if "head_dim" in config:
         return {**config, "head_dim": HEAD_DIM}
     resized = {**config, "hidden_size": HEAD_DIM * config["num_attention_heads"]}
