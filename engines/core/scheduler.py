@@ -174,7 +174,7 @@ class Scheduler:
         active = sum(seq.num_remaining_tokens > 0 and not seq.waits_for_end for seq in self.running)
         if self.patient and active > self._admit_at:
             return admitted
-        room = self.max_num_seqs - active
+        room, full = self.max_num_seqs - active, False
         while self.waiting and budget > 0 and len(admitted) < room and self._slots and len(skipped) < LOOKAHEAD:
             seq = self.waiting.popleft()
             if not self.chunked and seq.num_tokens > budget and (admitted or self.running):
@@ -186,14 +186,16 @@ class Scheduler:
                 continue
             if not self._place(seq, reused):
                 skipped.append(seq)
+                full = True
                 break
             count = min(seq.num_remaining_tokens, budget) if self.chunked else seq.num_remaining_tokens
             admitted.append(share(seq, count))
             budget -= count
         self.waiting.extendleft(reversed(skipped))
         active += len(admitted)
-        # What stopped for the step's tokens goes on in the next one; what stopped for room waits for more of it.
-        self._admit_at = active - active // PATIENCE if budget > 0 else self.max_num_seqs
+        # What stopped for the step's tokens or for a prefix goes on in the next one; what did for room waits for more.
+        full = full or len(admitted) >= room or not self._slots
+        self._admit_at = active - active // PATIENCE if full else self.max_num_seqs
         return admitted
 
     def _reusable(self, seq: Sequence) -> list[int] | None:

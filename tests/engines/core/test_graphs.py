@@ -150,6 +150,18 @@ def test_prompts_are_admitted_many_at_a_time(monkeypatch: pytest.MonkeyPatch) ->
     assert patient > hasty + 0.1, (hasty, patient)
 
 
+def test_patience_does_not_keep_those_back_that_wait_for_a_prefix() -> None:
+    engine, _ = captured(max_num_seqs=16, num_blocks=300, max_num_batched_tokens=256)
+    stem = list(range(2, 20))
+    engine.submit([generate(i, p, n=40) for i, p in enumerate(prompts(8))])
+    for _ in range(4):
+        engine.step()
+    engine.submit([generate(100 + i, [*stem, 20 + i], n=40) for i in range(8)])
+    for _ in range(4):
+        engine.step()
+    assert engine.stats().num_running == 16
+
+
 def test_what_is_not_plain_decoding_is_not_replayed() -> None:
     engine, device = captured()
     outcomes = finish(engine, [Request(0, "score", [2, 3, 4, 5], score_from=3)])
