@@ -30,7 +30,7 @@ def test_under_the_interpreter() -> None:
     before = LEDGER.read_bytes()
     done = run("--interpret", "--only", "write_kv")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "9 of 9 cases hold" in done.stdout
+    assert "24 of 24 cases hold" in done.stdout
     assert "write_kv 8192" in done.stdout
     assert LEDGER.read_bytes() == before, "a run on a processor wrote the ledger"
 
@@ -40,7 +40,7 @@ def test_what_the_deadline_leaves_out_is_a_failure() -> None:
     assert done.returncode == 1
     assert "triton, check: left out, no time" in done.stdout
     found = parts.check(parts.Asked("triton", "cpu", "write_kv", 0.0, False))
-    assert found.failed and found.lines == ["0 of 9 cases hold"]
+    assert found.failed and found.lines == ["0 of 24 cases hold"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
