@@ -11,6 +11,7 @@ from torch import Tensor
 
 from engines.batch import Batch
 from engines.ops import OpSet
+from engines.ops.kv_cache import KVDtype, LatentCache
 from engines.ops.moe import Projection
 from engines.ops.quantized import Float8Weight, GroupedIntWeight, Weight
 from tests.engines.cuda import kernels as cuda
@@ -23,7 +24,9 @@ SOURCES = {
     "add_rms_norm": ("norm.py", "launch.py"),
     "act_and_mul": ("activation.py", "launch.py"),
     "rope": ("rotary.py", "launch.py"),
-    "write_kv": ("kv_cache.py", "launch.py"),
+    "write_kv": ("kv_cache.py", "rotary.py", "launch.py"),
+    "write_quantized_kv": ("kv_cache.py", "rotary.py", "launch.py"),
+    "lora": ("lora.py", "launch.py"),
     "sample": ("sampling.py", "launch.py"),
     "w4a16": ("linear.py", "linear_kernels.py", "quantized.py", "launch.py"),
     "w8a8": ("linear.py", "linear_kernels.py", "quantized.py", "launch.py"),
@@ -106,6 +109,61 @@ def _gather(ops: OpSet, device: torch.device, small: bool) -> Work:
     return Work(lambda: ops.log_softmax_gather(logits, targets), logits.numel() * 2)
 
 
+def _codes(kv_dtype: KVDtype) -> Make:
+    """Decoding over a cache in 8 or 4 bits."""
+
+    def make(ops: OpSet, device: torch.device, small: bool) -> Work:
+        return cuda.attention(1, [600, 40] if small else [4096] * 64, kv_dtype=kv_dtype)(ops, device)
+
+    return make
+
+
+def _latents(heads: int) -> Make:
+    """Decoding over the latents of DeepSeek V2 and V3."""
+
+    def make(ops: OpSet, device: torch.device, small: bool) -> Work:
+        num_seqs, length, size, rank, block = (2, 40, 576, 512, 64) if small else (64, 4096, 576, 512, 64)
+        width = -(-length // block)
+        data = torch.randn(num_seqs * width, block, size, dtype=BF16, device=device)
+        q = torch.randn(num_seqs, heads, size, dtype=BF16, device=device)
+        ids = torch.zeros(num_seqs, dtype=torch.int64, device=device)
+        batch = Batch(
+            ids, ids, torch.arange(num_seqs + 1, dtype=torch.int32, device=device),
+            torch.full((num_seqs,), length, dtype=torch.int32, device=device), 1, length,
+            block_tables=torch.randperm(num_seqs * width).int().view(num_seqs, width).to(device),
+        )  # fmt: skip
+        moved = num_seqs * (length * size + heads * (size + rank)) * 2
+        flops = 2.0 * num_seqs * length * heads * (size + rank)
+        return Work(lambda: ops.latent_attention(q, LatentCache(data, rank), batch, size**-0.5), moved, flops)
+
+    return make
+
+
+def _adapters(num_tokens: int, count: int, rank: int) -> Make:
+    """Tokens in no order, each with one of the adapters of a 4096 x 4096 projection."""
+
+    def make(ops: OpSet, device: torch.device, small: bool) -> Work:
+        tokens, size = (5, 64) if small else (num_tokens, 4096)
+        y, x = (torch.randn(tokens, size, dtype=BF16, device=device) for _ in range(2))
+        a, b = (torch.randn(count, *s, dtype=BF16, device=device) for s in ((rank, size), (size, rank)))
+        ids = torch.arange(tokens, device=device) * 7 % count
+        moved = 2 * (3 * y.numel() + a.numel() + b.numel())
+        return Work(lambda: ops.lora(y, x, a, b, ids), moved, 4.0 * tokens * rank * size)
+
+    return make
+
+
+def _turn_and_write(ops: OpSet, device: torch.device, small: bool) -> Work:
+    tokens = 3 if small else 8192
+    qkv = torch.randn(tokens, 48 * 128, dtype=BF16, device=device)
+    q, k, v = (part.unflatten(1, (-1, 128)) for part in qkv.split([32 * 128, 8 * 128, 8 * 128], dim=1))
+    cache = ops.allocate_kv_cache(tokens // 32 + 1, 32, 8, 128, BF16, device)
+    slots, positions = torch.randperm(tokens, device=device), torch.arange(tokens, device=device)
+    angles = torch.rand(8192, 128, device=device).to(BF16)
+    moved = 2 * 2 * (q.numel() + k.numel() + v.numel())
+    return Work(lambda: ops.rope_write_kv(q, k, v, positions, angles, cache, slots), moved)
+
+
 KERNELS = (
     *(
         replace(kernel, sources=SOURCES[kernel.name.split()[0]])
@@ -120,4 +178,12 @@ KERNELS = (
     Kernel("experts 128 x 768, batch 64", SOURCES["experts"], _experts(64, False), 0.7),
     Kernel("experts 128 x 768, batch 8192", SOURCES["experts"], _experts(8192, False), 0.4),
     Kernel("experts in 4 bits, batch 64", SOURCES["experts"], _experts(64, True), 0.5),
+    Kernel("quantized_attention int8, 64 x 4096", SOURCES["decode"], _codes("int8"), 0.6),
+    Kernel("quantized_attention int4, 64 x 4096", SOURCES["decode"], _codes("int4"), 0.4),
+    Kernel("quantized_attention fp8, 64 x 4096", SOURCES["decode"], _codes("fp8"), 0.6),
+    Kernel("latent_attention 64 x 4096, 16 heads", SOURCES["decode"], _latents(16), 0.6),
+    Kernel("latent_attention 64 x 4096, 128 heads", SOURCES["decode"], _latents(128), 0.4),
+    Kernel("lora 64 tokens, 16 adapters of rank 16", SOURCES["lora"], _adapters(64, 16, 16), 0.1),
+    Kernel("lora 8192 tokens, 4 adapters of rank 64", SOURCES["lora"], _adapters(8192, 4, 64), 0.3),
+    Kernel("rope_write_kv 8192 x 48 heads", SOURCES["write_kv"], _turn_and_write, 0.7),
 )
