@@ -114,7 +114,7 @@ class Cluster:
     def states(self, job: str) -> set[str]:
         return set(self.field(job, "JobState"))
 
-    def wait(self, job: str, *states: str, seconds: float = 300) -> None:
+    def wait(self, job: str, *states: str, seconds: float = 900) -> None:
         """Until all tasks of the job are in one of these states."""
         wait_for(f"{states} of job {job}", lambda: self.states(job) <= set(states), seconds)
 
