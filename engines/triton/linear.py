@@ -73,7 +73,7 @@ def block_of_tokens(sm: tuple[int, int], weight: Stacked, itemsize: int, num_tok
     return min(most, power_of_two(int(num_tokens), 16))
 
 
-def tiles_of(sm: tuple[int, int], itemsize: int, block_t: int) -> Tiles:
+def tiles_of(sm: tuple[int, int], weight: Stacked, itemsize: int, block_t: int) -> Tiles:
     """itemsize: of what is multiplied. What fits into the registers and shared memory of a generation (99 KiB at
     least); 64 rows of weights a warpgroup, as the products of sm 9.0 want."""
     if itemsize == 4 or sm < (8, 0):
@@ -81,7 +81,8 @@ def tiles_of(sm: tuple[int, int], itemsize: int, block_t: int) -> Tiles:
     large = sm[0] in (9, 10)
     if block_t >= 64:
         return Tiles(128, block_t, 8, 3 if large else 2)
-    return Tiles(64, block_t, 4, 4 if large else 3)
+    wide = isinstance(weight, Packed) and pairs(sm, weight, itemsize, block_t)
+    return Tiles(128 if wide else 64, block_t, 4, 4 if large else 3)
 
 
 def splits_of(num_programs: int, num_steps: int, num_processors: int) -> int:
@@ -167,11 +168,11 @@ def multiply(
     sm = capability(x.device)
     num_rows, columns = out.shape[0], weight.in_features
     if sorted_slots is None:
-        tiles = tiles_of(sm, x.element_size(), block_of_tokens(sm, weight, x.element_size(), num_rows))
+        tiles = tiles_of(sm, weight, x.element_size(), block_of_tokens(sm, weight, x.element_size(), num_rows))
         blocks = triton.cdiv(num_rows, tiles.block_t)
     else:
         blocks = len(sorted_slots.experts)
-        tiles = tiles_of(sm, x.element_size(), len(sorted_slots.slots) // blocks)
+        tiles = tiles_of(sm, weight, x.element_size(), len(sorted_slots.slots) // blocks)
     programs = blocks, triton.cdiv(out.shape[1], tiles.block_n)
     steps = weight.words.shape[1] if isinstance(weight, Packed) else triton.cdiv(columns, BLOCK_K)
     splits = 1
@@ -194,7 +195,8 @@ def multiply(
         packed_kernel[grid](
             x, weight.words, weight.scales, weight.zeros, bias, slots, experts, target, *shape, steps,
             weight.scales.shape[1], step, VALUES=weight.values, BITS=weight.bits, WIDTH=WIDTH[weight.bits],
-            GROUPS=groups, **constants,
+            GROUPS=groups, EVEN_K=columns % (32 // weight.bits * WIDTH[weight.bits]) == 0,
+            PAIRED=pairs(sm, weight, x.element_size(), tiles.block_t), **constants,
         )  # fmt: skip
     else:
         num_groups = 1 if weight.scales is None else weight.scales.shape[1]
@@ -223,6 +225,12 @@ def grouping(weight: Packed) -> tuple[int, int]:
     if chunk % size == 0 and size % width == 0:
         return chunk // size, 1
     return 0, size
+
+
+def pairs(sm: tuple[int, int], weight: Packed, itemsize: int, block_t: int) -> bool:
+    """PAIRED of packed_kernel. Below sm 9.0 the compiler no longer copies inputs ahead when two products read them."""
+    wanted = weight.values == "int" and weight.bits == 4 and grouping(weight)[0] > 0
+    return wanted and sm[0] == 9 and itemsize == 2 and block_t <= 32
 
 
 def block_k(itemsize: int) -> int:

@@ -14,28 +14,41 @@ import triton.language as tl
 
 E2M1_FACTOR, E4M3_FACTOR = tl.constexpr(16384.0), tl.constexpr(256.0)
 """What a float of 4 or 8 bits is larger than the float16 with its bits: 2 ** (15 - bias)."""
-TWO_23 = tl.constexpr(8388608.0)
-TWO_23_BITS = tl.constexpr(0x4B000000)
 
 
 @triton.jit
 def widened(
     words: tl.tensor, zero: tl.tensor, PIECE: tl.constexpr, BITS: tl.constexpr, VALUES: tl.constexpr
 ) -> tl.tensor:
-    """Values of one field of each word in float32; floats without their factor. zero: to subtract, plus 2 ** 23.
+    """Values of one field of each word in float32; floats without their factor. zero: float32, to subtract.
 
-    An integer becomes a float by its place in the last bits of 2 ** 23: a conversion takes longer.
+    An integer is not moved to be converted: bits from AT on of the mantissa of 2 ** (23 - AT) count as they are.
     """
-    field = (words >> (BITS * PIECE)) & ((1 << BITS) - 1)
+    FIRST: tl.constexpr = PIECE * BITS
+    MASK: tl.constexpr = (1 << BITS) - 1
+    SHIFT: tl.constexpr = 0 if FIRST + BITS <= 23 else 12
+    AT: tl.constexpr = FIRST - SHIFT
     if VALUES == "int":
-        return (field | TWO_23_BITS).to(tl.float32, bitcast=True) - zero
+        number = ((words >> SHIFT) & (MASK << AT)) | ((150 - AT) << 23)
+        return number.to(tl.float32, bitcast=True) - (zero + (1 << (23 - AT)))
     elif VALUES == "e2m1":
-        bits = ((field & 7) << 9) | ((field & 8) << 12)
-        return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        field = (words >> FIRST) & MASK
+        half = ((field & 7) << 9) | ((field & 8) << 12)
+        return half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:
         tl.static_assert(VALUES == "e4m3")
-        bits = ((field & 127) << 7) | ((field & 128) << 8)
-        return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+        field = (words >> FIRST) & MASK
+        half = ((field & 127) << 7) | ((field & 128) << 8)
+        return half.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def paired(words: tl.tensor, PIECE: tl.constexpr, DTYPE: tl.constexpr) -> tl.tensor:
+    """Field PIECE of 4 bits of each word, plus `OFFSET`, in DTYPE: two fields of a word become floats at once, by their
+    places in the last bits of 128 (bfloat16) or 1024 (float16)."""
+    HIGH: tl.constexpr = 0x43004300 if tl.bfloat16 == DTYPE else 0x64006400
+    both = ((words >> (PIECE % 4 * 4)) & 0x000F000F) | HIGH
+    return (both >> (PIECE // 4 * 16)).to(tl.int16).to(DTYPE, bitcast=True)
 
 
 @triton.jit
@@ -52,11 +65,11 @@ def load_scale(ptr: tl.tensor, at: tl.tensor, there: tl.tensor, VALUES: tl.const
 
 @triton.jit
 def load_zero(ptr: tl.tensor, at: tl.tensor, there: tl.tensor, BITS: tl.constexpr) -> tl.tensor:
-    """float32, plus 2 ** 23; without an array, half of the codes' range."""
+    """float32; without an array, half of the codes' range."""
     if ptr is None:
-        return tl.full(at.shape, TWO_23 + (1 << (BITS - 1)), tl.float32)
+        return tl.full(at.shape, 1 << (BITS - 1), tl.float32)
     else:
-        return tl.load(ptr + at, mask=there, other=0).to(tl.float32) + TWO_23
+        return tl.load(ptr + at, mask=there, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -89,14 +102,17 @@ def packed_kernel(
     x_ptr: tl.tensor, words_ptr: tl.tensor, scales_ptr: tl.tensor, zeros_ptr: tl.tensor, bias_ptr: tl.tensor,
     slots_ptr: tl.tensor, experts_ptr: tl.tensor, out_ptr: tl.tensor, num_rows: tl.tensor, x_stride: tl.tensor,
     N: tl.tensor, K: tl.tensor, num_chunks: tl.tensor, num_groups: tl.tensor, step: tl.tensor, VALUES: tl.constexpr,
-    BITS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, TOP_K: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    BITS: tl.constexpr, WIDTH: tl.constexpr, GROUPS: tl.constexpr, EVEN_K: tl.constexpr, PAIRED: tl.constexpr,
+    TOP_K: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ) -> None:  # fmt: skip
     """Grid: [blocks of tokens, cdiv(N, BLOCK_N), SPLITS]. x: [tokens, K] float; weights as quantized.Packed.
 
     GROUPS: groups of a chunk; then codes are multiplied as they are, exact in every dtype, and a group's sum is scaled
     in float32; `step` chunks share groups where GROUPS is 1. GROUPS 0: groups of `step` columns begin and end anywhere,
-    and weights are rounded to x's dtype. slots, experts: as linear.Sorted; x's row is the slot divided by TOP_K.
+    and weights are rounded to x's dtype. EVEN_K: K is a multiple of C. PAIRED, for
+    integers of 4 bits and inputs of 16: codes are multiplied with an offset, and the offset and the zero as a second
+    product: twice the work for the tensor cores, which wait where tokens are few, and half of that for what feeds them.
+    slots, experts: as linear.Sorted; x's row is the slot divided by TOP_K.
     """
     expert = tl.zeros([], tl.int64)
     if experts_ptr is not None:
@@ -106,11 +122,14 @@ def packed_kernel(
     slots = load_slots(slots_ptr, num_rows, BLOCK_T)
     rows = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     inner = tl.arange(0, WIDTH)
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
+    OFFSET: tl.constexpr = 128.0 if tl.bfloat16 == DTYPE else 1024.0
     PIECES: tl.constexpr = 32 // BITS
     CHUNK: tl.constexpr = PIECES * WIDTH
     x_at = x_ptr + (slots // TOP_K)[:, None] * x_stride + inner[None, :]
     words_at = words_ptr + expert * num_chunks * N * WIDTH + rows[:, None] * WIDTH + inner[None, :]
     of_expert = expert * num_groups * N
+    here = (slots >= 0)[:, None]
     share = tl.cdiv(num_chunks, SPLITS)
     first = tl.program_id(2) * share
     acc = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
@@ -123,17 +142,23 @@ def packed_kernel(
                 known = (rows < N) & (group < num_groups)
                 zero = load_zero(zeros_ptr, at, known, BITS)[:, None] if VALUES == "int" else 0.0
                 sums = tl.zeros([BLOCK_N, BLOCK_T], tl.float32)
+                if PAIRED:
+                    none = (-(zero + OFFSET)).to(DTYPE).broadcast_to(BLOCK_N, WIDTH)
                 for p in tl.static_range(g * PIECES // GROUPS, (g + 1) * PIECES // GROUPS):
                     column = chunk * CHUNK + p * WIDTH
-                    mask = (slots >= 0)[:, None] & (column + inner < K)[None, :]
+                    mask = here if EVEN_K else here & (column + inner < K)[None, :]
                     x = tl.load(x_at + column, mask=mask, other=0.0)
-                    weight = widened(words, zero, p, BITS, VALUES).to(x.dtype)
-                    sums = tl.dot(weight, tl.trans(x), sums, input_precision="ieee")
+                    if PAIRED:
+                        sums = tl.dot(paired(words, p, DTYPE), tl.trans(x), sums)
+                        sums = tl.dot(none, tl.trans(x), sums)
+                    else:
+                        weight = widened(words, zero, p, BITS, VALUES).to(x.dtype)
+                        sums = tl.dot(weight, tl.trans(x), sums, input_precision="ieee")
                 acc += sums * load_scale(scales_ptr, at, known, VALUES)[:, None]
         else:
             for p in tl.static_range(PIECES):
                 column = chunk * CHUNK + p * WIDTH
-                mask = (slots >= 0)[:, None] & (column + inner < K)[None, :]
+                mask = here if EVEN_K else here & (column + inner < K)[None, :]
                 x = tl.load(x_at + column, mask=mask, other=0.0)
                 known = (rows < N)[:, None] & (column + inner < K)[None, :]
                 at = of_expert + ((column + inner) // step)[None, :] * N + rows[:, None]

@@ -196,9 +196,11 @@ def packed(sm: tuple[int, int]) -> Iterator[Build]:
         "w2 g64": ints(2, 64), "fp8": pack_floats([floats]), "mxfp4": pack_mxfp4([four]),
     }  # fmt: skip
     for (name, weight), tokens in itertools.product(weights.items(), (1, 32, 8192)):
-        tiles = linear.tiles_of(sm, 2, linear.block_of_tokens(sm, weight, 2, tokens))
+        tiles = linear.tiles_of(sm, weight, 2, linear.block_of_tokens(sm, weight, 2, tokens))
         own = {
             "VALUES": weight.values, "BITS": weight.bits, "WIDTH": WIDTH[weight.bits], "TOP_K": 1,
+            "EVEN_K": name != "w4 g48",
+            "PAIRED": linear.pairs(sm, weight, 2, tiles.block_t),
             "GROUPS": linear.grouping(weight)[0], "SPLITS": 4 if tokens == 1 else 1, "BLOCK_N": tiles.block_n,
             "BLOCK_T": tiles.block_t, "bias_ptr": None,
         }  # fmt: skip
@@ -223,7 +225,7 @@ def even(sm: tuple[int, int]) -> Iterator[Build]:
         weight = Even(torch.zeros(1, 8, 256).to(dtype))
         size = weight.data.element_size()
         for tokens in (1, 32, 8192):
-            tiles = linear.tiles_of(sm, size, linear.block_of_tokens(sm, weight, size, tokens))
+            tiles = linear.tiles_of(sm, weight, size, linear.block_of_tokens(sm, weight, size, tokens))
             own = {
                 "VALUES": name, "TOP_K": 1, "SPLITS": 1, "BLOCK_N": tiles.block_n, "BLOCK_T": tiles.block_t,
                 "BLOCK_K": linear.block_k(size), "bias_ptr": None,
