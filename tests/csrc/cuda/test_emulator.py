@@ -34,6 +34,7 @@ OPS_OF = {
     "attention_prefill.": ["paged_attention", "quantized_attention"],
     "attention": ["paged_attention"],
     "elementwise": ["rms_norm", "add_rms_norm"],
+    "latent": ["latent_attention"],
     "moe": ["route", "fused_experts"],
     "product": ["linear"],
     "quantize": ["linear"],
