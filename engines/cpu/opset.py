@@ -24,6 +24,7 @@ class OpSet(ops.OpSet):
 
     def __init__(self) -> None:
         memory.keep_freed_memory()
+        memory.keep_few_products()
         if extension.reason() is None:
             extension.load()
             from engines.cpu import compiled

@@ -6,7 +6,11 @@ import argparse
 import json
 import resource
 import time
+from collections.abc import Iterable
 from pathlib import Path
+
+import numpy as np
+from torch import Tensor
 
 from engines.api import Request, SamplingParams
 from engines.cpu.offers import Config
@@ -55,6 +59,8 @@ def measure(args: argparse.Namespace, workload: list[dict], limits: ceilings.Cei
     prompt = sum(len(r["prompt"]) for r in workload)
     assert done == sum(r["n"] for r in workload)
     stats, spec = engine.stats(), engine.model.spec
+    kept = resident_bytes(t for cache in engine.runner.caches for t in vars(cache).values() if isinstance(t, Tensor))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     engine.close()
     least = recorder.floor_s(spec, args.dtype, limits) if limits else None
     return {
@@ -68,8 +74,28 @@ def measure(args: argparse.Namespace, workload: list[dict], limits: ceilings.Cei
         "steps": stats.num_steps,
         "cached_tokens": stats.num_cached_tokens,
         **({} if least is None else {"floor_s": round(least, 2), "of_floor": round(least / wall_s, 2)}),
-        "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+        "peak_mib": peak >> 20,
+        "kv_mib": kept >> 20,
+        "peak_over_weights_and_kv_mib": (peak - kept - weight_bytes(args.model)) >> 20,
     }
+
+
+def weight_bytes(model: str) -> int:
+    """Of the checkpoint's tensors as they are stored: what else is made of them counts as the engine's own."""
+    return sum(path.stat().st_size for path in Path(model).glob("*.safetensors"))
+
+
+def resident_bytes(tensors: Iterable[Tensor]) -> int:
+    """Of some tensors' pages, those that memory has been found for: proc(5), /proc/pid/pagemap."""
+    page = resource.getpagesize()
+    count = 0
+    with Path("/proc/self/pagemap").open("rb") as pagemap:
+        for tensor in tensors:
+            first, last = tensor.data_ptr() // page, -(-(tensor.data_ptr() + tensor.nbytes) // page)
+            pagemap.seek(first * 8)
+            entries = np.frombuffer(pagemap.read((last - first) * 8), np.uint64)
+            count += int((entries >> np.uint64(63)).sum())
+    return count * page
 
 
 def profiled(engine: object) -> None:
