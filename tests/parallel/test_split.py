@@ -110,6 +110,11 @@ def _scores(made: EngineSettings) -> torch.Tensor:
     return torch.tensor(outcomes[0].values)
 
 
+def test_copies_that_share_experts_are_refused(folders: dict[str, Path]) -> None:
+    with pytest.raises(UnsupportedModelError, match=r"ep: 4 with tp=2; expected at most tp"):
+        cases.in_threads(cases.settings(folders["moe"], 2, 4), cases.requests())
+
+
 def test_no_unit_has_features_of_two_ranks() -> None:
     assert Cut(256, (range(64, 128),)).by(32) == [slice(2, 4)]
     assert Cut(256, (range(64, 128),)).by(256) == [slice(None)]
