@@ -429,15 +429,18 @@ def _verdict(
             f"{method}: sm {generation} < {least}, so weights are only stored in it, and multiplied as {dtype}"
         )
     layout = layout_of(job)
-    missed += in_the_way(spec, layout.tp, layout.ep, quantization_of(job, checkpoint))
+    undivided = in_the_way(spec, layout.tp, layout.ep, quantization_of(job, checkpoint))
+    missed += undivided
     here = job.parallelism.launch == "spawn"
     if here and not on_cpu and not offer.blockers and layout.num_devices > host.num_devices:
         missed.append(
             f"parallelism: tp * dp = {layout.tp} * {layout.dp} = {layout.num_devices} devices; {host.name} has "
             f"{host.num_devices}"
         )
-    memory = memory_of(checkpoint, spec, dtype, config, host, on_cpu, layout, dense, job.model.quantization)
-    if memory.fits is False and not offer.blockers:
+    # What cannot be divided has no share that a device could hold: the whole is shown.
+    held = Layout(1, layout.dp, 1) if undivided else layout
+    memory = memory_of(checkpoint, spec, dtype, config, host, on_cpu, held, dense, job.model.quantization)
+    if memory.fits is False and not offer.blockers and not undivided:
         missed.append(
             f"memory: weights {gb(memory.weight_bytes)} + activations {gb(memory.activation_bytes)} > "
             f"{gb(memory.total_bytes)} of {memory.device}: use a quantized checkpoint, model.quantization=int8 or more "

@@ -519,6 +519,8 @@ def test_every_own_setting_that_is_lost_is_named(source: str, target: str) -> No
 def test_parallelism_that_the_model_cannot_have() -> None:
     with pytest.raises(EngineError, match=r"cpu: parallelism.tp: 3; num_attention_heads is 32, and 32 / 3 leaves 2"):
         resolve(job(parallelism=ParallelismConfig(tp=3)), checkpoint(), CPU, "generate")
+    with pytest.raises(EngineError, match=r"cpu: parallelism.tp: 64; num_attention_heads is 32, and 32 / 64 leaves 32"):
+        resolve(job(parallelism=ParallelismConfig(tp=64)), checkpoint(), CPU, "generate")
 
 
 def test_a_plan_says_what_each_device_holds() -> None:
