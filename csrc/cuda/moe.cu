@@ -72,19 +72,22 @@ std::tuple<Tensor, Tensor> sort_slots(const Tensor& ids, int64_t num_experts, in
   return {slots, tile_experts};
 }
 
-// outputs: [num_tokens * top_k, size]; weights: [num_tokens, top_k] float32. Returns [num_tokens, size].
-Tensor combine(const Tensor& outputs, const Tensor& weights) {
+// outputs: [num_tokens * top_k, size]; weights: [num_tokens, top_k] float32; ids as sort_slots has them. Returns
+// [num_tokens, size].
+Tensor combine(const Tensor& outputs, const Tensor& weights, const Tensor& ids) {
   STD_TORCH_CHECK(outputs.dim() == 2 && outputs.is_contiguous(), "outputs: expected [slots, size], contiguous");
   STD_TORCH_CHECK(weights.dim() == 2 && weights.is_contiguous() && weights.scalar_type() == ScalarType::Float &&
                       weights.numel() == outputs.size(0), "weights: expected [num_tokens, top_k] float32 for ",
                   outputs.size(0), " slots");
+  STD_TORCH_CHECK(ids.scalar_type() == ScalarType::Long && ids.is_contiguous() && ids.numel() == outputs.size(0),
+                  "ids: expected int64, contiguous, one for each of ", outputs.size(0), " slots");
   const int64_t tokens = weights.size(0), size = outputs.size(1);
   Tensor out = torch::stable::new_empty(outputs, {tokens, size});
   if (tokens == 0 || size == 0) return out;
   const Place place(outputs.get_device_index());
   with_half(outputs.scalar_type(), "outputs", [&]<class Tagged>(Tagged) {
     using T = typename Tagged::type;
-    const CombineParams<T> p{data<T>(outputs), data<float>(weights), mutable_data<T>(out), tokens,
+    const CombineParams<T> p{data<T>(outputs), data<float>(weights), data<int64_t>(ids), mutable_data<T>(out), tokens,
                              static_cast<int>(size), static_cast<int>(weights.size(1))};
     const auto run = [&](auto width) {
       const dim3 grid(static_cast<unsigned>(ceil_div(size, 256 * width.value)),
@@ -104,7 +107,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(cuda_ops, library) {
       "route(Tensor logits, int top_k, str scoring, bool normalize, float scale, Tensor? bias, int num_groups, "
       "int top_groups) -> (Tensor, Tensor)");
   library.def("sort_slots(Tensor ids, int num_experts, int tile) -> (Tensor, Tensor)");
-  library.def("combine(Tensor outputs, Tensor weights) -> Tensor");
+  library.def("combine(Tensor outputs, Tensor weights, Tensor ids) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cuda_ops, CUDA_OPS_DISPATCH_KEY, library) {

@@ -179,6 +179,7 @@ __global__ void __launch_bounds__(kSortThreads) sort_slots_kernel(SortParams p) 
 template <class T> struct CombineParams {
   const T* outputs;      // [num_tokens * top_k, size]
   const float* weights;  // [num_tokens, top_k]
+  const int64_t* ids;    // [num_tokens, top_k]; outputs of slots below 0 were not written and count as zero
   T* out;                // [num_tokens, size]
   int64_t num_tokens;
   int size, top_k;
@@ -195,6 +196,7 @@ template <class T, int V> __global__ void __launch_bounds__(256) combine_kernel(
     float sums[V] = {};
     for (int i = 0; i < p.top_k; ++i) {
       const int64_t slot = token * p.top_k + i;
+      if (p.ids[slot] < 0) continue;
       const float weight = p.weights[slot];
       const auto own = *reinterpret_cast<const Several<T, V>*>(p.outputs + slot * p.size + column);
 #pragma unroll

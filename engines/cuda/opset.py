@@ -135,7 +135,7 @@ class OpSet(ops.OpSet):
         hidden = self.act_and_mul(_expert_linear(x, gate_up, slots, top_k), activation)
         if inner != outer:
             slots = torch.ops.cuda_ops.sort_slots(ids, experts.num_experts, inner)
-        result: Tensor = torch.ops.cuda_ops.combine(_expert_linear(hidden, down, slots, 1), weights.contiguous())
+        result: Tensor = torch.ops.cuda_ops.combine(_expert_linear(hidden, down, slots, 1), weights.contiguous(), ids)
         return result
 
     def route(

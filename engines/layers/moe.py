@@ -57,16 +57,9 @@ class MixtureOfExperts:
         weights, ids = self.gate.forward(x)
         if len(self.held) == self.moe.num_experts:
             return self.ops.fused_experts(x, self.experts, weights, ids, self.act)
-        # Each pair of a token and a held expert as a token with one expert; weighted and summed as the op does it.
         here = (ids >= self.held.start) & (ids < self.held.stop)
-        pairs = here.flatten().nonzero().flatten()
-        chosen = ids.flatten()[pairs, None] - self.held.start
-        outputs = x.new_zeros(ids.numel(), x.shape[1])
-        if len(pairs):
-            ones = torch.ones_like(chosen, dtype=weights.dtype)
-            outputs[pairs] = self.ops.fused_experts(x[pairs // ids.shape[1]], self.experts, ones, chosen, self.act)
-        wide = outputs.view(*ids.shape, -1).to(torch.promote_types(x.dtype, torch.float32))
-        return (wide * weights.to(wide.dtype)[..., None]).sum(1).to(x.dtype)
+        own = torch.where(here, ids - self.held.start, -1)
+        return self.ops.fused_experts(x, self.experts, weights, own, self.act)
 
 
 class _Router:

@@ -52,18 +52,18 @@ def fused_experts(self: OpSet, x: Tensor, experts: Experts, weights: Tensor, ids
     """Sum over a token's experts of weight * down(act_and_mul(gate_up(x))).
 
     x: [num_tokens, hidden]; weights: [num_tokens, top_k] float32; ids: [num_tokens, top_k] int64, those of a token all
-    different. activation: as act_and_mul's. Each expert's output is rounded to x's dtype; weighted and summed in
-    float32 (float64 for float64) in the order of ids; rounded once. Returns [num_tokens, hidden], x's dtype.
+    different, or -1 for an expert that is not here, whose output is zero. activation: as act_and_mul's. Each expert's
+    output is rounded to x's dtype; weighted and summed in float32 (float64 for float64) in the order of ids; rounded
+    once. Returns [num_tokens, hidden], x's dtype.
     """
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
     num_tokens, top_k = ids.shape
-    outputs = x.new_empty(num_tokens * top_k, x.shape[1])
+    outputs = x.new_zeros(num_tokens * top_k, x.shape[1])
     flat = ids.flatten()
     order = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=experts.num_experts).tolist()
-    for expert, slots in enumerate(order.split(counts)):
+    elsewhere, *counts = torch.bincount(flat + 1, minlength=experts.num_experts + 1).tolist()
+    for slots, (gate_up, down) in zip(order[elsewhere:].split(counts), experts.data, strict=True):
         if len(slots):
-            gate_up, down = experts.data[expert]
             outputs[slots] = self.mlp(x[slots // top_k], gate_up, down, activation, gated=True)
     spread = outputs.view(num_tokens, top_k, x.shape[1]).to(wide) * weights.to(wide)[..., None]
     return spread.sum(1).to(x.dtype)

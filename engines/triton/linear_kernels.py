@@ -260,7 +260,7 @@ def inputs_kernel(
     group = tl.program_id(1)
     expert = tl.zeros([], tl.int64)
     if ids_ptr is not None:
-        expert = tl.load(ids_ptr + row).to(tl.int64)
+        expert = tl.maximum(tl.load(ids_ptr + row), 0).to(tl.int64)  # below 0: nobody reads the row
     last = tl.minimum((group + 1) * WIDTH, K)
     x_at = x_ptr + row // TOP_K * x_stride
     scale = 1.0

@@ -63,6 +63,7 @@ def fused_experts(self: OpSet, x: Tensor, experts: Experts, weights: Tensor, ids
     data = experts.data
     assert isinstance(data, StackedExperts)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    ids = ids.contiguous()
     num_tokens, top_k = ids.shape
     if not num_tokens:
         return out
@@ -80,7 +81,7 @@ def fused_experts(self: OpSet, x: Tensor, experts: Experts, weights: Tensor, ids
     outputs = x.new_empty(num_slots, x.shape[1])
     multiply(rows, scales, data.down, data.down_bias, outputs, order)
     grid = (num_tokens, triton.cdiv(x.shape[1], COMBINE_BLOCK))
-    combine_kernel[grid](outputs, weights.float().contiguous(), out, x.shape[1], TOP_K=top_k, B=COMBINE_BLOCK)
+    combine_kernel[grid](outputs, weights.float().contiguous(), ids, out, x.shape[1], TOP_K=top_k, B=COMBINE_BLOCK)
     return out
 
 
@@ -104,7 +105,7 @@ def sort(ids: Tensor, num_experts: int, block_t: int) -> Sorted:
     slots = torch.full((num_blocks * block_t,), -1, dtype=torch.int32, device=device)
     experts = torch.empty(num_blocks, dtype=torch.int32, device=device)
     counts = torch.empty((num_chunks + 1, width), dtype=torch.int32, device=device)
-    ids, starts = ids.contiguous(), counts[num_chunks]
+    starts = counts[num_chunks]
     count_kernel[(num_chunks,)](ids, counts, num_slots, E_BLOCK=width, CHUNK=chunk, num_warps=8)
     layout_kernel[(1,)](
         counts, starts, experts, num_chunks, num_blocks, E_BLOCK=width, BLOCK_T=block_t, ROWS=chunk, B=chunk,

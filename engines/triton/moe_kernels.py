@@ -113,26 +113,28 @@ def place_kernel(
     ids_ptr: tl.tensor, counts_ptr: tl.tensor, starts_ptr: tl.tensor, slots_ptr: tl.tensor, num_slots: tl.tensor,
     E_BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Grid: [cdiv(num_slots, CHUNK)]. Each slot to its place, in the order of slots."""
+    """Grid: [cdiv(num_slots, CHUNK)]. Each slot to its place, in the order of slots; one of no expert has none."""
     slots = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
     experts = tl.arange(0, E_BLOCK)
     ids = tl.load(ids_ptr + slots, mask=slots < num_slots, other=-1).to(tl.int32)
     hits = (ids[:, None] == experts[None, :]).to(tl.int32)
     first = tl.load(starts_ptr + experts) + tl.load(counts_ptr + tl.program_id(0) * E_BLOCK + experts)
     places = tl.sum(hits * (tl.cumsum(hits, 0) - 1 + first[None, :]), 1)
-    tl.store(slots_ptr + places, slots, mask=slots < num_slots)
+    tl.store(slots_ptr + places, slots, mask=ids >= 0)
 
 
 @triton.jit
 def combine_kernel(
-    rows_ptr: tl.tensor, weights_ptr: tl.tensor, out_ptr: tl.tensor, N: tl.tensor, TOP_K: tl.constexpr, B: tl.constexpr
-) -> None:
-    """Grid: [num_tokens, cdiv(N, B)]. out: [num_tokens, N], rows [num_tokens * TOP_K, N] by their weights, in order."""
+    rows_ptr: tl.tensor, weights_ptr: tl.tensor, ids_ptr: tl.tensor, out_ptr: tl.tensor, N: tl.tensor,
+    TOP_K: tl.constexpr, B: tl.constexpr,
+) -> None:  # fmt: skip
+    """Grid: [num_tokens, cdiv(N, B)]. out: [num_tokens, N], rows [num_tokens * TOP_K, N] by their weights, in order;
+    rows of ids below 0 were not written and count as zero."""
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * B + tl.arange(0, B)
     total = tl.zeros([B], tl.float32)
     for choice in tl.static_range(TOP_K):
         slot = token * TOP_K + choice
-        row = tl.load(rows_ptr + slot * N + columns, mask=columns < N, other=0.0)
+        row = tl.load(rows_ptr + slot * N + columns, mask=(columns < N) & (tl.load(ids_ptr + slot) >= 0), other=0.0)
         total += row.to(tl.float32) * tl.load(weights_ptr + slot)
     tl.store(out_ptr + token * N + columns, total.to(out_ptr.dtype.element_ty), mask=columns < N)

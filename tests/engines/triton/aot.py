@@ -261,7 +261,7 @@ def mixtures() -> Iterator[Build]:
         own = {"E_BLOCK": width, "BLOCK_T": 64, "ROWS": chunk, "B": chunk}
         yield f"layout {experts}", moe_kernels.layout_kernel, own, types, 8, 3
     own = {"TOP_K": 8, "B": moe.COMBINE_BLOCK}
-    yield "combine", moe_kernels.combine_kernel, own, {"weights_ptr": "*fp32"}, 4, 3
+    yield "combine", moe_kernels.combine_kernel, own, {"weights_ptr": "*fp32", "ids_ptr": "*i64"}, 4, 3
 
 
 def type_of(name: str, dtype: str, types: dict[str, str]) -> str:
