@@ -1,23 +1,12 @@
 // Kernels that read and write each value about once, and so are as fast as the memory: rms_norm, add_rms_norm,
-// act_and_mul, softcap, rope, write_kv. Contracts: engines/ops/{norm,activation,rotary,kv_cache}.py.
-//
-// V: values that a thread loads at once, 16 bytes of them where addresses and sizes allow, else 1.
+// act_and_mul, softcap. Contracts: engines/ops/{norm,activation}.py.
 #pragma once
-
-#include <primitives.cuh>
 
 #include <cmath>
 
+#include "vectors.cuh"
+
 namespace cuda_ops {
-
-template <class T, int V> struct alignas(sizeof(T) * V) Vector { T v[V]; };
-
-template <class T, int V> __device__ __forceinline__ Vector<T, V> load(const T* from) {
-  return *reinterpret_cast<const Vector<T, V>*>(from);
-}
-template <class T, int V> __device__ __forceinline__ void store(T* to, const Vector<T, V>& value) {
-  *reinterpret_cast<Vector<T, V>*>(to) = value;
-}
 
 // ---- norms ----
 
@@ -148,71 +137,6 @@ template <class T, int V> __global__ void __launch_bounds__(256) softcap_kernel(
 #pragma unroll
   for (int j = 0; j < V; ++j) a.v[j] = from_float<T>(p.cap * tanhf(to_float(a.v[j]) / p.cap));
   store<T, V>(p.out + i, a);
-}
-
-// ---- rotary embedding ----
-
-template <class T> struct RopeParams {
-  T* q;                      // [num_tokens, num_heads, head_dim]
-  T* k;                      // [num_tokens, num_kv_heads, head_dim]
-  const int64_t* positions;  // [num_tokens]
-  const T* cos_sin;          // [max_position, 2 * half]
-  int64_t q_token_stride, q_head_stride, k_token_stride, k_head_stride, max_position;
-  int num_heads, num_kv_heads, half;
-};
-
-// Every product and the sum rounded to T, as the reference has them.
-template <class T> __device__ __forceinline__ T rotate(T a, T cos, T b, T sin, float sign) {
-  const float first = to_float(from_float<T>(multiply(to_float(a), to_float(cos))));
-  const float second = to_float(from_float<T>(multiply(to_float(b), to_float(sin))));
-  return from_float<T>(add(first, sign * second));
-}
-
-// Grid: a block a token. Threads: 128, each takes V frequencies of a head at a time. Moves q and k twice.
-template <class T, int V> __global__ void __launch_bounds__(128) rope_kernel(RopeParams<T> p) {
-  const int64_t token = blockIdx.x, position = p.positions[token];
-  if (position < 0 || position >= p.max_position) return;  // the padding of a captured batch
-  const T* cos = p.cos_sin + position * 2 * p.half;
-  const int pieces = p.half / V, count = (p.num_heads + p.num_kv_heads) * pieces;
-  for (int i = threadIdx.x; i < count; i += blockDim.x) {
-    const int head = i / pieces, at = i % pieces * V;
-    T* x = head < p.num_heads ? p.q + token * p.q_token_stride + head * p.q_head_stride
-                              : p.k + token * p.k_token_stride + (head - p.num_heads) * p.k_head_stride;
-    const Vector<T, V> c = load<T, V>(cos + at), s = load<T, V>(cos + p.half + at);
-    const Vector<T, V> first = load<T, V>(x + at), second = load<T, V>(x + p.half + at);
-    Vector<T, V> one, two;
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      one.v[j] = rotate(first.v[j], c.v[j], second.v[j], s.v[j], -1.0f);
-      two.v[j] = rotate(second.v[j], c.v[j], first.v[j], s.v[j], 1.0f);
-    }
-    store<T, V>(x + at, one);
-    store<T, V>(x + p.half + at, two);
-  }
-}
-
-// ---- cache ----
-
-template <class T> struct CacheWriteParams {
-  const T *k, *v;                // [num_tokens, num_kv_heads, head_dim]
-  T *k_cache, *v_cache;          // [num_blocks, num_kv_heads, block_size, head_dim], dense
-  const int64_t* slot_mapping;   // [num_tokens]; a negative slot is the padding of a captured batch
-  int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride, num_slots;
-  int num_kv_heads, block_size, head_dim;
-};
-
-// Grid: a block a token. Threads: 128. Moves k and v twice.
-template <class T, int V> __global__ void __launch_bounds__(128) cache_write_kernel(CacheWriteParams<T> p) {
-  const int64_t token = blockIdx.x, slot = p.slot_mapping[token];
-  if (slot < 0 || slot >= p.num_slots) return;
-  const int64_t block = slot / p.block_size, offset = slot % p.block_size;
-  const int pieces = p.head_dim / V;
-  for (int i = threadIdx.x; i < p.num_kv_heads * pieces; i += blockDim.x) {
-    const int head = i / pieces, at = i % pieces * V;
-    const int64_t to = ((block * p.num_kv_heads + head) * p.block_size + offset) * p.head_dim + at;
-    store<T, V>(p.k_cache + to, load<T, V>(p.k + token * p.k_token_stride + head * p.k_head_stride + at));
-    store<T, V>(p.v_cache + to, load<T, V>(p.v + token * p.v_token_stride + head * p.v_head_stride + at));
-  }
 }
 
 }  // namespace cuda_ops

@@ -28,6 +28,10 @@ extern "C" __attribute__((visibility("default"), used)) const char cuda_ops_tabl
     "rope kind any\n"
     "write_kv dtype" CUDA_OPS_FLOATS
     "write_kv head_dim any\n"
+    "rope_write_kv dtype" CUDA_OPS_FLOATS
+    "rope_write_kv head_dim any\n"
+    "rope_write_kv rotary_dim any\n"
+    "rope_write_kv kv_dtype int8 int4 fp8\n"
     "act_and_mul dtype" CUDA_OPS_FLOATS
     "act_and_mul activation silu gelu gelu_tanh relu swiglu_oai\n"
     "linear weights w4a16 w8a8 fp8 mxfp4\n"

@@ -6,7 +6,10 @@
 
 #include <primitives.cuh>
 
+#include <algorithm>
+#include <initializer_list>
 #include <string>
+#include <type_traits>
 
 #include "kv_codes.cuh"
 
@@ -68,6 +71,21 @@ template <class T> const T* data(const Tensor& x) { return static_cast<const T*>
 template <class T> T* mutable_data(const Tensor& x) { return static_cast<T*>(x.mutable_data_ptr()); }
 
 inline bool divides_16(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % 16 == 0; }
+
+// Calls function(width) with the values that a thread may load at once of T: 16 bytes, or one value where addresses or
+// sizes do not allow it.
+template <class T, class Function> void with_width(bool wide, const Function& function) {
+  if (wide) return function(std::integral_constant<int, 16 / static_cast<int>(sizeof(T))>{});
+  function(std::integral_constant<int, 1>{});
+}
+
+inline bool all_divide(int64_t by, std::initializer_list<int64_t> values) {
+  return std::all_of(values.begin(), values.end(), [&](int64_t value) { return value % by == 0; });
+}
+
+inline bool all_aligned(std::initializer_list<const Tensor*> tensors) {
+  return std::all_of(tensors.begin(), tensors.end(), [](const Tensor* tensor) { return divides_16(*tensor); });
+}
 
 // As engines/ops/kv_cache.py names them.
 inline Form form_of(const std::string& kv_dtype) {

@@ -163,6 +163,26 @@ class OpSet(ops.OpSet):
         """As the reference. Tokens with a slot outside the cache are not stored."""
         torch.ops.cuda_ops.write_kv(k, v, cache.k, cache.v, slot_mapping)
 
+    def rope_write_kv(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        positions: Tensor,
+        cos_sin: Tensor,
+        cache: KVCache | QuantizedKVCache,
+        slot_mapping: Tensor,
+    ) -> None:
+        """As the reference, in one launch; k is left as it is. The bits are those of rope and the writing op.
+
+        Tokens with a position outside the table are left alone, and those with a slot outside the cache are not stored.
+        """
+        arguments = (q, k, v, positions, cos_sin)
+        if isinstance(cache, QuantizedKVCache):
+            torch.ops.cuda_ops.rope_write_quantized_kv(*arguments, cache.kv_dtype, *_coded(cache), slot_mapping)
+        else:
+            torch.ops.cuda_ops.rope_write_kv(*arguments, cache.k, cache.v, slot_mapping)
+
     def paged_attention(
         self,
         q: Tensor,

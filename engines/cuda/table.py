@@ -26,6 +26,10 @@ rope rotary_dim any
 rope kind any
 write_kv dtype float32 bfloat16 float16
 write_kv head_dim any
+rope_write_kv dtype float32 bfloat16 float16
+rope_write_kv head_dim any
+rope_write_kv rotary_dim any
+rope_write_kv kv_dtype int8 int4 fp8
 act_and_mul dtype float32 bfloat16 float16
 act_and_mul activation silu gelu gelu_tanh relu swiglu_oai
 linear weights w4a16 w8a8 fp8 mxfp4

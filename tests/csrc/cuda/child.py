@@ -18,6 +18,8 @@ from tests import attention_cases
 from tests.cases import Case, call, convert
 from tests.compare import assert_as_exact, assert_bitwise_equal
 from tests.engines.cuda.cases import compiled
+from tests.engines.cuda.test_kv_write import KINDS, write_and_compare
+from tests.engines.cuda.test_kv_write import SIZES as WRITE_SIZES
 from tests.engines.cuda.test_quantized import CASES as W4_CASES
 from tests.engines.cuda.test_quantized import FP8_SIZES, SIZES, exponents_of, integers_of, multiply, multiply_fp8
 
@@ -86,9 +88,19 @@ def products(library: str) -> None:
             assert_bitwise_equal(found, first)
 
 
+def writes(library: str) -> None:
+    """Keys turned on their way into every kind of cache."""
+    ops = OpSet(Path(library))
+    for size, kind, order in itertools.product(WRITE_SIZES, KINDS, ORDERS):
+        os.environ["EMULATOR_ORDER"] = order
+        write_and_compare(ops, size, kind, torch.bfloat16)
+
+
 if __name__ == "__main__":
     try:
         main(sys.argv[1], sys.argv[2:])
+        if "rope_write_kv" in sys.argv[2:]:
+            writes(sys.argv[1])
         if "linear" in sys.argv[2:]:
             products(sys.argv[1])
     except AssertionError as error:

@@ -74,6 +74,8 @@ def test_the_tensor_cores_of_sm_90_are_asked_for_without_serialization(compiled:
         ("moe", "sm_90a", (r"LDG\.E\.128", r"STG\.E\.128")),
         ("linear", "sm_90a", (r"LDG\.E\.128", r"STG\.E\.64")),
         ("elementwise", "sm_90a", (r"LDG\.E\.128", r"STG\.E\.128")),
+        ("kv_write", "sm_80", (r"LDG\.E\.128", r"STG\.E\.128", r"STG\.E\.64")),
+        ("kv_write", "sm_90a", (r"LDG\.E\.128", r"STG\.E\.128", r"STG\.E\.64", r"F2FP\.SATFINITE\.E4M3")),
     ),
 )
 def test_the_instructions_that_are_meant_are_there(

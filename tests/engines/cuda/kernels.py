@@ -227,6 +227,26 @@ def _rope(ops: OpSet, device: torch.device, small: bool) -> Work:
     return Work(lambda: ops.rope(q, k, positions, angles), 2 * (q.numel() + k.numel()) * 2)
 
 
+def _rope_write(kv_dtype: KVDtype | None) -> Callable[[OpSet, torch.device, bool], Work]:
+    def make(ops: OpSet, device: torch.device, small: bool) -> Work:
+        q, k, v = _qkv(_rows(small), device)
+        positions = torch.arange(len(q), device=device)
+        angles = torch.rand(8192, 128, device=device).to(BF16)
+        blocks = len(k) // BLOCK_SIZE + 1
+        slots = torch.randperm(blocks * BLOCK_SIZE, device=device)[: len(k)]
+        cache: KVCache | QuantizedKVCache
+        stored: float = 2 * (k.numel() + v.numel())
+        if kv_dtype is None:
+            cache = ops.allocate_kv_cache(blocks, BLOCK_SIZE, 8, 128, BF16, device)
+        else:
+            cache = ops.allocate_quantized_kv_cache(blocks, BLOCK_SIZE, 8, 128, kv_dtype, device)
+            stored = len(k) * 2 * 8 * (cache.k.shape[3] + 4 * cache.k_scales.shape[3])
+        moved = 2 * (2 * q.numel() + k.numel() + v.numel()) + stored
+        return Work(lambda: ops.rope_write_kv(q, k, v, positions, angles, cache, slots), moved)
+
+    return make
+
+
 def _write(ops: OpSet, device: torch.device, small: bool) -> Work:
     _, k, v = _qkv(_rows(small), device)
     shape = (len(k) // BLOCK_SIZE + 1, 8, BLOCK_SIZE, 128)
@@ -254,7 +274,8 @@ def _sample(ops: OpSet, device: torch.device, small: bool) -> Work:
 _ATTENTION = ("attention.h", "attention.cuh", "attention.cu", "primitives.cuh")
 _LATENT = ("latent_attention.cuh", "latent_attention.cu", "attention_decode.cuh", "attention.cuh", "primitives.cuh")
 _CODED = (*_ATTENTION, "attention_decode.cuh", "attention_coded.cuh", "kv_codes.cuh")
-_ELEMENTWISE = ("elementwise.cuh", "elementwise.cu", "primitives.cuh")
+_ELEMENTWISE = ("elementwise.cuh", "elementwise.cu", "vectors.cuh", "primitives.cuh")
+_KV_WRITE = ("kv_codes.cuh", "kv_write.cuh", "kv_write.cu", "vectors.cuh", "primitives.cuh")
 _PRODUCT = ("product.h", "product_formats.cuh", "product.cuh", "splits.cuh", "linear.cu", "primitives.cuh")
 _W4A16 = (*_PRODUCT, "product_w4.cu")
 _EXPERTS = (*_PRODUCT, "product_dense.cu", "product_mxfp4.cu", "moe.cuh", "moe.cu")
@@ -282,8 +303,12 @@ KERNELS = (
     Kernel("route 8192 x 128", ("moe.cuh", "moe.cu"), _route, 0.30),
     Kernel("add_rms_norm 8192 x 4096", _ELEMENTWISE, _norm, 0.85),
     Kernel("act_and_mul 8192 x 14336", _ELEMENTWISE, _gate, 0.85),
-    Kernel("rope 8192 x 40 heads", _ELEMENTWISE, _rope, 0.80),
-    Kernel("write_kv 8192 x 8 heads", _ELEMENTWISE, _write, 0.80),
-    Kernel("write_quantized_kv 8192 x 8 heads", ("kv_codes.cuh", "kv_write.cuh", "kv_write.cu"), _write_coded, 0.50),
+    Kernel("rope 8192 x 40 heads", _KV_WRITE, _rope, 0.80),
+    Kernel("write_kv 8192 x 8 heads", _KV_WRITE, _write, 0.80),
+    Kernel("write_quantized_kv 8192 x 8 heads", _KV_WRITE, _write_coded, 0.65),
+    Kernel("rope_write_kv 8192 x 48 heads", _KV_WRITE, _rope_write(None), 0.80),
+    Kernel("rope_write_kv int8 8192 x 48 heads", _KV_WRITE, _rope_write("int8"), 0.75),
+    Kernel("rope_write_kv int4 8192 x 48 heads", _KV_WRITE, _rope_write("int4"), 0.75),
+    Kernel("rope_write_kv fp8 8192 x 48 heads", _KV_WRITE, _rope_write("fp8"), 0.75),
     Kernel("sample 128 x 128256, top_p", ("sampling.cuh", "sampling.cu", "primitives.cuh"), _sample, 0.05),
 )
