@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -369,6 +369,8 @@ def _with_accelerator(host: Host, kind: str, platform: Platform) -> Host:
     if not module.is_available():
         driver_cuda = _driver_cuda() if kind == "cuda" else None
         return _with_problem(host, kind, _no_device(platform, torch.__version__, torch.version.cuda, driver_cuda))
+    if kind == "cuda" and (unserved := _no_code(module.get_device_capability(0), module.get_arch_list())):
+        return _with_problem(host, kind, f"torch {torch.__version__} {unserved}")
     free, total = module.mem_get_info(0)
     names = [module.get_device_name(i) for i in range(module.device_count())]
     return replace(
@@ -395,6 +397,27 @@ def _different_devices(names: list[str], platform: Platform) -> tuple[str, ...]:
     return (
         f"several different devices: {counts}; expected equal ones, so only {names[0]} is counted on; set "
         f"{platform.visible} to the devices of one kind",
+    )
+
+
+def _no_code(capability: tuple[int, int], built_for: Sequence[str]) -> str | None:
+    """Why torch's own kernels do not run on a device; built_for: as torch.cuda.get_arch_list gives it, ["sm_80", ...].
+
+    Machine code runs on later minor versions of its generation, code for "compute_<arch>" is compiled by the driver for
+    any later device.
+    """
+    own = 10 * capability[0] + capability[1]
+    for name in built_for:
+        kind, _, digits = name.partition("_")
+        arch = int("".join(filter(str.isdigit, digits)) or 0)
+        exact = digits[-1:].isalpha()  # "90a", "100f": no other device's
+        if arch == own or (not exact and arch <= own and (kind == "compute" or arch // 10 == capability[0])):
+            return None
+    if not built_for:
+        return None
+    return (
+        f"has no code for sm {capability[0]}.{capability[1]}, only for {', '.join(built_for)}: install a torch "
+        "that was built for it (for sm 7.0 one for CUDA 12)"
     )
 
 

@@ -280,6 +280,23 @@ def latents() -> Iterator[Case]:
             return numbers(rows, 36, dtype=dtype), LatentCache(empty, 28), slots
 
         yield Case("write_latent", str(rows), write, {}, modifies=(1,))
+    for rows, heads, rank, rope_dim in ((0, 2, 28, 8), (1, 1, 3, 2), (77, 5, 28, 8), (9, 16, 512, 64)):
+
+        def at_once(
+            dtype: torch.dtype, rows: int = rows, heads: int = heads, rank: int = rank, rope_dim: int = rope_dim
+        ) -> tuple[Any, ...]:
+            q = numbers(rows, heads * (rope_dim + 5), dtype=dtype).unflatten(1, (heads, -1))[..., 5:]
+            latent = numbers(rows, rank + rope_dim, dtype=dtype, seed=1, stretch=3.0)
+            weight = numbers(rank, dtype=dtype, seed=2).contiguous()
+            angle = torch.outer(torch.arange(50.0), 10.0 ** -torch.arange(0.0, 4.0, 8 / rope_dim)[: rope_dim // 2])
+            generator = torch.Generator().manual_seed(1)
+            positions = torch.randint(0, 50, (rows,), generator=generator)
+            slots = torch.randperm(20 * 8, generator=generator)[:rows]
+            empty = torch.full((20, 8, rank + rope_dim), float("nan"), dtype=dtype)
+            table = torch.cat((angle.cos(), angle.sin()), 1).to(dtype)
+            return q, latent, weight, 1e-6, positions, table, LatentCache(empty, rank), slots
+
+        yield Case("rope_write_latent", f"{rows}x{heads} {rank}+{rope_dim}", at_once, {}, modifies=(0, 6))
     for rows, heads, size, out in ((0, 2, 8, 4), (1, 1, 1, 1), (5, 3, 24, 40), (70, 16, 32, 48)):
 
         def product(

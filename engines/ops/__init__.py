@@ -31,6 +31,7 @@ class OpSet:
     quantized_attention = attention.quantized_attention
     allocate_latent_cache = staticmethod(kv_cache.allocate_latent_cache)
     write_latent = staticmethod(kv_cache.write_latent)
+    rope_write_latent = kv_cache.rope_write_latent
     latent_attention = staticmethod(attention.latent_attention)
     encoder_attention = staticmethod(attention.encoder_attention)
     act = staticmethod(activation.act)

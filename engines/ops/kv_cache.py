@@ -157,6 +157,30 @@ def rope_write_kv(
         self.write_kv(k, v, cache, slot_mapping)
 
 
+def rope_write_latent(
+    self: OpSet,
+    q: Tensor,
+    latent: Tensor,
+    weight: Tensor,
+    eps: float,
+    positions: Tensor,
+    cos_sin: Tensor,
+    cache: LatentCache,
+    slot_mapping: Tensor,
+) -> None:
+    """What `rms_norm` does to the latents, `rope` to q and to the key that all heads share, and then `write_latent`.
+
+    q: [num_tokens, num_heads, rope_dim]; latent: [num_tokens, rank + rope_dim], as projected. Both may be views with
+    strides of their own. weight: [rank], of the norm.
+
+    Modifies q and cache; what latent holds afterwards is not defined.
+    """
+    compressed, k = latent.split([cache.rank, latent.shape[1] - cache.rank], dim=1)
+    self.rope(q, k[:, None], positions, cos_sin)
+    normed = self.rms_norm(compressed.contiguous(), weight, eps)
+    self.write_latent(torch.cat((normed, k), dim=1), cache, slot_mapping)
+
+
 def quantize_vectors(x: Tensor, kv_dtype: KVDtype) -> tuple[Tensor, Tensor]:
     """(codes, scales) of the last dimension's vectors, as QuantizedKVCache holds them."""
     x = x.float()

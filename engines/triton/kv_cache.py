@@ -2,7 +2,7 @@
 
 Cost of T tokens: 4 T num_kv_heads head_dim b bytes and no operations; in 8 or 4 bits 2 T num_kv_heads head_dim b bytes
 read, and what kv_vector_bytes of engines/costs.py says written; of latents 2 T (rank + rope_dim) b bytes. Where queries
-are turned on the way, what rotary.py says of them.
+are turned on the way, what rotary.py says of them; where latents are normalized, 4 T rank operations.
 """
 
 from __future__ import annotations
@@ -307,4 +307,107 @@ def write_latent(latent: Tensor, cache: LatentCache, slot_mapping: Tensor) -> No
         D=size,
         D_BLOCK=block,
         num_warps=warps(block),
+    )
+
+
+@triton.jit
+def rope_write_latent_kernel(
+    q_ptr: tl.tensor,
+    latent_ptr: tl.tensor,
+    weight_ptr: tl.tensor,
+    cache_ptr: tl.tensor,
+    slots_ptr: tl.tensor,
+    positions_ptr: tl.tensor,
+    table_ptr: tl.tensor,
+    q_token_stride: tl.tensor,
+    q_head_stride: tl.tensor,
+    latent_stride: tl.tensor,
+    table_stride: tl.tensor,
+    num_slots: tl.tensor,
+    num_positions: tl.tensor,
+    eps: tl.tensor,
+    HEADS: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr,
+    RANK: tl.constexpr,
+    RANK_BLOCK: tl.constexpr,
+    ROPE: tl.constexpr,
+    ROPE_BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+) -> None:
+    """Grid: [num_tokens]. latent: RANK numbers to be normalized, as norm.py does, and a key of ROPE to be turned;
+    cache: [num_slots, RANK + ROPE], dense. HALF: half of what is turned of a head.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    position = tl.load(positions_ptr + token)
+    if position < 0 or position >= num_positions:
+        return
+    angles_ptr = table_ptr + position * table_stride
+    half = tl.arange(0, HALF_BLOCK)
+    cos = tl.load(angles_ptr + half, mask=half < HALF, other=0.0)
+    sin = tl.load(angles_ptr + HALF + half, mask=half < HALF, other=0.0)
+    turn(q_ptr + token * q_token_stride, cos, sin, q_head_stride, HEADS, HEADS_BLOCK, HALF, HALF_BLOCK)
+    slot = tl.load(slots_ptr + token)
+    if slot < 0 or slot >= num_slots:
+        return
+    latent_ptr += token * latent_stride
+    cache_ptr += slot * (RANK + ROPE)
+    columns = tl.arange(0, RANK_BLOCK)
+    inside = columns < RANK
+    x = tl.load(latent_ptr + columns, mask=inside, other=0.0)
+    wide = x.to(tl.float32)
+    normed = wide * tl.rsqrt(tl.sum(wide * wide, 0) / RANK + eps)
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    result = (weight * normed.to(x.dtype).to(tl.float32)).to(x.dtype)
+    tl.store(cache_ptr + columns, result.to(cache_ptr.dtype.element_ty), mask=inside)
+    one, turned = tl.arange(0, 1), tl.arange(0, ROPE_BLOCK)
+    mask = (one < 1)[:, None] & (turned < ROPE)[None, :]
+    key = load_heads(latent_ptr + RANK, one, turned, mask, 0, angles_ptr, HALF)
+    at = cache_ptr + RANK + one[:, None] + turned[None, :]
+    tl.store(at, key.to(cache_ptr.dtype.element_ty), mask=mask)
+
+
+def rope_write_latent(
+    self: OpSet,
+    q: Tensor,
+    latent: Tensor,
+    weight: Tensor,
+    eps: float,
+    positions: Tensor,
+    cos_sin: Tensor,
+    cache: LatentCache,
+    slot_mapping: Tensor,
+) -> None:
+    """As the reference, in one launch; latent is left as it is. Tokens with a position outside the table are left
+    alone, those with a slot outside the cache are not stored.
+    """
+    assert q.stride(-1) == 1 or q.shape[-1] == 1, "heads must be dense"
+    num_tokens, heads, rope_dim = q.shape
+    if not num_tokens:
+        return
+    latent, half = dense_rows(latent), cos_sin.shape[1] // 2
+    heads_block, half_block, rank_block = power_of_two(heads), power_of_two(half), power_of_two(cache.rank)
+    rope_write_latent_kernel[(num_tokens,)](
+        q,
+        latent,
+        weight,
+        cache.data,
+        slot_mapping,
+        positions,
+        cos_sin,
+        *q.stride()[:2],
+        latent.stride(0),
+        cos_sin.stride(0),
+        cache.data.shape[0] * cache.block_size,
+        cos_sin.shape[0],
+        eps,
+        HEADS=heads,
+        HEADS_BLOCK=heads_block,
+        RANK=cache.rank,
+        RANK_BLOCK=rank_block,
+        ROPE=rope_dim,
+        ROPE_BLOCK=power_of_two(rope_dim),
+        HALF=half,
+        HALF_BLOCK=half_block,
+        num_warps=warps(max(heads_block * half_block, rank_block)),
     )

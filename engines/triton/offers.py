@@ -17,12 +17,14 @@ class Config(GPUConfig):
     """Settings of the Triton engine: those that all engines for accelerators share."""
 
 
-MINIMUM = (7, 5)
+MINIMUM = (7, 0)
 DTYPES = one_of("float32", "bfloat16", "float16")
 HEADS = {"dtype": DTYPES, "head_dim": Allowed(ge=1, le=256)}
 ATTENTION = {**HEADS, "group": Allowed(ge=1), "window": YES, "softcap": YES, "sinks": YES}
 KV_DTYPES = one_of("int8", "int4", "fp8")
 LATENT = {"dtype": DTYPES, "kv_lora_rank": Allowed(ge=1, le=512), "rope_dim": Allowed(ge=1, le=64)}
+LATENT_75 = {**LATENT, "kv_lora_rank": Allowed(ge=1, le=256)}
+"""On sm 7.5 a block has 64 KiB of shared memory, and 512 + 64 numbers of 16 keys take 68."""
 QUANTIZED: dict[str, Allowed] = {
     "dtype": DTYPES,
     "quantization": one_of("awq", "gptq", "fp8", "compressed-tensors", "mxfp4", "int8"),
@@ -77,9 +79,12 @@ def offers(host: Host) -> Offer:
         blockers.append("triton is not installed: pip install triton")
     elif not host.c_compiler and not blockers:
         blockers.append("no C compiler: triton builds its launchers with one; install gcc, or set CC to another")
+    ops = OPS
+    if host.device == "cuda" and host.compute_capability == (7, 5):
+        ops = {**OPS, "latent_attention": LATENT_75}
     return Offer(
         engine="triton",
-        ops=OPS,
+        ops=ops,
         blockers=tuple(blockers),
         sm=host.compute_capability,
         since={"bfloat16": (8, 0), "w8a8": (8, 0)},

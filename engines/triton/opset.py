@@ -20,6 +20,7 @@ class OpSet(ops.OpSet):
     write_quantized_kv = staticmethod(kv_cache.write_quantized_kv)
     rope_write_kv = kv_cache.rope_write_kv
     write_latent = staticmethod(kv_cache.write_latent)
+    rope_write_latent = kv_cache.rope_write_latent
     paged_attention = staticmethod(attention.paged_attention)
     quantized_attention = staticmethod(attention.quantized_attention)
     latent_attention = staticmethod(attention.latent_attention)

@@ -174,6 +174,7 @@ def stand_in_torch(
         mem_get_info=lambda device: (140 << 30, 141 << 30),
         get_device_name=lambda device: names[device],
         get_device_capability=lambda device: (9, 0),
+        get_arch_list=lambda: ["sm_90"],
     )
     torch = SimpleNamespace(__version__="2.13.0", version=SimpleNamespace(cuda=None))
     if built:
@@ -256,3 +257,26 @@ def test_block_sizes_that_a_device_can_have(device: str, asked: int, fitting: in
     assert (why is None) is (found == asked)
     if why:
         assert why.startswith(f"block_size {fitting} instead of {asked}: {device} has ")
+
+
+@pytest.mark.parametrize(
+    ("capability", "built_for", "runs"),
+    [
+        ((8, 9), ["sm_80", "sm_90"], True),
+        ((8, 0), ["sm_86", "sm_90"], False),
+        ((7, 0), ["sm_75", "sm_80", "sm_90"], False),
+        ((7, 0), ["sm_70", "sm_80"], True),
+        ((12, 1), ["sm_90", "compute_90"], True),
+        ((12, 1), ["sm_90", "sm_90a", "compute_90a"], False),
+        ((9, 0), ["sm_90a"], True),
+        ((9, 0), [], True),
+    ],
+)
+def test_a_torch_without_code_for_the_device_is_named(
+    capability: tuple[int, int], built_for: list[str], runs: bool
+) -> None:
+    """An empty list is a build that does not say."""
+    said = platform._no_code(capability, built_for)
+    assert (said is None) == runs
+    if said is not None:
+        assert said.startswith(f"has no code for sm {capability[0]}.{capability[1]}, only for {', '.join(built_for)}: ")

@@ -69,7 +69,7 @@ def test_every_combination_has_a_verdict_or_a_named_error(architecture: str, hos
         on_triton = backend == "auto" and quantization != "nameless" and (native or quantization == "none")
         on_triton = on_triton and known and (native or not adapters)
         capable = host[:4] in ("sm80", "sm90") or host in ("rocm", "ascend")
-        on_triton = on_triton and (capable or (host == "sm75" and dtype != "bfloat16"))
+        on_triton = on_triton and (capable or (host in ("sm70", "sm75") and dtype != "bfloat16"))
         runnable = runnable and (on_cuda or backend != "cuda")
         runnable = runnable and (host != "tiny memory" or architecture == "GPT2LMHeadModel")
         try:
@@ -124,7 +124,8 @@ def test_a_v100_gets_float16_with_a_sentence() -> None:
     plan = resolve(planning(HOSTS["sm70"]), checkpoint(), HOSTS["sm70"], "generate")
     triton = next(verdict for verdict in plan.verdicts if verdict.engine == "triton")
     assert triton.dtype == "float16"
-    assert triton.notes == ("dtype float16 instead of the checkpoint's bfloat16: sm 7.0",)
+    assert triton.accepted and plan.settings.backend == "triton"
+    assert triton.notes[0] == "dtype float16 instead of the checkpoint's bfloat16: sm 7.0"
 
 
 def test_float8_weights_are_only_stored_so_on_an_a100() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
-SHARED = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
+SHARED = {70: 96 << 10, 75: 64 << 10, 80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
 """Shared memory that a block may have, by compute capability (CUDA C++ programming guide, table of capabilities)."""
 REGISTERS = 65536
 """Of a multiprocessor."""
@@ -63,9 +63,16 @@ def test_every_kernel(sm: int, group: str, ending: str) -> None:
         check(sm, kernel)
 
 
+BEFORE_80 = [
+    (sm, *named) for sm in (70, 75) for named in (("attention", " 64"), ("packed", "128 1"), ("elementwise", ""))
+]
+BEFORE_80.append((70, "cache", "576"))
+
+
 @pytest.mark.slow
-def test_sm_75_compiles() -> None:
-    """In float16, without tensor cores (Triton has none for it): right, and slow."""
-    for group, ending in (("attention", " 64"), ("packed", "128 1")):
-        for kernel in build(75, group, ending):
-            assert kernel["shared"] <= SHARED[75]
+@pytest.mark.parametrize(("sm", "group", "ending"), BEFORE_80)
+def test_before_sm_80(sm: int, group: str, ending: str) -> None:
+    """In float16, without tensor cores (Triton has none for them): right, and slow."""
+    for kernel in build(sm, group, ending):
+        assert kernel["shared"] <= SHARED[sm], kernel["name"]
+        assert kernel["registers"] * kernel["threads"] <= REGISTERS, kernel["name"]

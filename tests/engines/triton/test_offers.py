@@ -119,7 +119,8 @@ PLAIN = DecoderSpec(100, 64, 128, 2, 8, 2, 96, 512, RopeSpec())
             replace(H200, c_compiler=False),
             "no C compiler: triton builds its launchers with one; install gcc, or set CC to another",
         ),
-        (replace(H200, compute_capability=(7, 0)), "sm 7.0 < 7.5: use a newer GPU, or backend=cpu"),
+        (replace(H200, compute_capability=(6, 1)), "sm 6.1 < 7.0: use a newer GPU, or backend=cpu"),
+        (replace(H200, compute_capability=(7, 0)), "sm 7.0 < 8.0 for bfloat16"),
         (replace(H200, compute_capability=(7, 5)), "sm 7.5 < 8.0 for bfloat16"),
         (
             Host("this", "cpu", triton=True),
@@ -134,6 +135,24 @@ def test_what_is_said_before_a_weight_is_read(host: Host, sentence: str) -> None
 def test_a_head_that_does_not_fit_is_named() -> None:
     missed = difference(requirements(replace(PLAIN, head_dim=512), "bfloat16", "generate"), offers.offers(H200))
     assert "paged_attention head_dim=512: triton offers values from 1 up to 256" in missed
+
+
+def test_volta_runs_in_float16() -> None:
+    assert (
+        difference(requirements(PLAIN, "float16", "generate"), offers.offers(replace(H200, compute_capability=(7, 0))))
+        == []
+    )
+
+
+def test_latents_need_more_shared_memory_than_sm_75_has() -> None:
+    module = discover.families()["deepseek_v3"]
+    spec = module.spec({**module.tiny_config(), "kv_lora_rank": 512, "qk_rope_head_dim": 64})
+    needed = requirements(spec, "float16", "generate")
+    missed = {sm: difference(needed, offers.offers(replace(H200, compute_capability=sm))) for sm in ((7, 0), (7, 5))}
+    assert missed == {
+        (7, 0): [],
+        (7, 5): ["latent_attention kv_lora_rank=512: triton offers values from 1 up to 256"],
+    }
 
 
 def test_encoders_are_offered() -> None:
