@@ -11,7 +11,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 Kind = Literal["generate", "score", "embed", "classify"]
-FinishReason = Literal["stop", "length", "error"]
+FinishReason = Literal["stop", "length", "error", "handover"]
+Role = Literal["hybrid", "prefill", "decode"]
+"""What an engine does for requests of kind generate. prefill: it computes the prompt, draws the first token, and hands
+over unless the request has ended with it. decode: it goes on with what was handed over. hybrid: all of it."""
 
 
 def bounded(default: Any, **bounds: Any) -> Any:
@@ -71,6 +74,8 @@ class Request:
     """For `score`: log-probabilities are wanted of token_ids[score_from:]; at least 1."""
     adapter: str | None = None
     """One of EngineSettings.adapters; None: the model as it is."""
+    begun: Outcome | None = None
+    """What an engine that hands over made of it, for the one that goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,12 +95,26 @@ class TokenLogprobs:
     top_logprobs: list[float] = field(default_factory=list)
 
 
+@dataclass(frozen=True, slots=True)
+class HeldKV:
+    """Keys and values of a prompt, kept by the engine that has computed them until `Engine.release`."""
+
+    port: int
+    key: int
+    """Where its ranks give them: engines/parallel/handover.py."""
+    blocks: tuple[int, ...]
+    """Of its caches, in the order of the text."""
+    context_key: int
+    """As Model.context_key, at the time."""
+
+
 @dataclass(slots=True)
 class Outcome:
     """What came back for a request; exactly one for each request submitted."""
 
     request_id: int
     finish_reason: FinishReason
+    """handover: not finished; a Request with this outcome as `begun` is for an engine that goes on with it."""
     token_ids: list[int] = field(default_factory=list)
     """Generated tokens, without the end-of-sequence or stop token that ended them."""
     stop_reason: str | int | None = None
@@ -107,6 +126,8 @@ class Outcome:
     num_cached_tokens: int = 0
     """Prompt tokens whose KV was reused instead of computed."""
     error: ErrorInfo | None = None
+    held: HeldKV | None = None
+    """For handover."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +216,7 @@ class EngineSettings:
     """Ranks that hold a copy of the model together."""
     ep: int = 1
     """Ranks that a layer's experts are spread over."""
+    role: Role = "hybrid"
     launch: Literal["spawn", "srun", "torchrun"] = "spawn"
     """Who starts the other ranks: the first one, or something that has started all of them."""
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -236,6 +258,21 @@ class Engine(Protocol):
 
     def close(self) -> None:
         """Free the model and the cache. The engine cannot be used afterwards."""
+
+
+class RoleEngine(Engine, Protocol):
+    """One that may do a part of the work only, as EngineSettings.role says."""
+
+    def release(self, request_ids: Sequence[int]) -> None:
+        """Nobody wants the keys and values of these requests any more, which were handed over. Ids that hold nothing
+        are passed over."""
+
+    def fetched(self) -> list[int]:
+        """Requests handed over to this engine whose `begun.held` it needs no more; each is told once."""
+
+    @property
+    def stalled(self) -> bool:
+        """Whether nothing can be computed until something is released."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from engines.models.base import Model
 from engines.models.load import load_model
 from engines.ops import OpSet
 from engines.parallel.group import ALONE, Group
-from engines.parallel.leader import Command, LeaderModel
+from engines.parallel.leader import Command, KVLink, LeaderModel
 from engines.weights import DTYPES
 
 GRAPH_BYTES = 1 << 30
@@ -64,7 +64,8 @@ def load_engine(
 
         engine = _with_cache(make, fit.num_blocks, device, group)
         engine.notes[:0] = fit.notes
-        if settings.kind == "generate":
+        engine.take_role(settings.role, KVLink(group, engine.runner.caches))
+        if settings.kind == "generate" and settings.role != "prefill":
             engine.capture(fit.graph_bytes)
         return engine
 

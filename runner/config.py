@@ -62,6 +62,9 @@ class ParallelismConfig:
     ep: int = bounded(1, ge=1)
     """Expert parallel: devices that a layer's experts are spread over, of the tp * dp that there are; a divisor or a
     multiple of tp."""
+    prefill: int = bounded(0, ge=0)
+    """So many of the copies have role prefill: they compute prompts only and hand them over to the other copies, which
+    have role decode. 0: all are hybrid, each does all of its rows."""
     launch: str = bounded("spawn", choices=("spawn", "srun", "torchrun"))
     """spawn: this process starts those of the other devices, all on its own machine. srun, torchrun: one process for
     each device was started by that, on one machine or several, each with this same command."""
@@ -365,7 +368,7 @@ def _run_findings(job: JobConfig) -> Iterator[str]:
             f"shard.index: {job.shard.index}; expected less than shard.count, which is {job.shard.count} (the first is "
             "0); correct it"
         )
-    yield from parallel.findings(job.parallelism.tp, job.parallelism.dp, job.parallelism.ep)
+    yield from parallel.findings(job.parallelism.tp, job.parallelism.dp, job.parallelism.ep, job.parallelism.prefill)
     if job.parallelism.launch != "spawn" and job.parallelism.dp > 1:
         yield (
             f"parallelism.launch: {job.parallelism.launch} with dp={job.parallelism.dp}; expected one copy of the "

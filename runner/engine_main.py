@@ -1,6 +1,6 @@
 """The process that an engine lives in: requests come over a connection, outcomes go back. runner/workers.py starts it.
 
-    loader, settings -> (imports) -> permission to load -> Loaded -> requests ... -> Reports
+    loader, settings -> (imports) -> permission to load -> Loaded -> requests, Releases ... -> Reports
 
 The connection is an unnamed pair of sockets between a process and its own child: nobody else can write to it, which is
 why its messages may be pickles. Terminal and system signals are the parent's business: this process leaves when the
@@ -26,7 +26,15 @@ from multiprocessing.connection import Connection
 from operator import attrgetter
 from typing import Any
 
-from engines.api import CheckpointError, Engine, EngineSettings, EngineStats, Outcome, Request, UnsupportedModelError
+from engines.api import (
+    CheckpointError,
+    EngineSettings,
+    EngineStats,
+    Outcome,
+    Request,
+    RoleEngine,
+    UnsupportedModelError,
+)
 from engines.child import die_with_parent, leave_signals_to_parent
 
 REPORT_INTERVAL_S = 0.05
@@ -36,7 +44,7 @@ STACKS_SIGNAL = signal.SIGUSR2
 """Has the stacks of all threads written to the standard error, whatever the process is doing."""
 
 Watch = Callable[[Sequence[int]], None]
-Loader = Callable[[EngineSettings, Watch, Callable[[], None]], Engine]
+Loader = Callable[[EngineSettings, Watch, Callable[[], None]], RoleEngine]
 """Makes the engine: a function of a module. Its arguments: the settings; `engines.load.load_engine`'s watch; what waits
 until weights may be loaded, to be called once, after what can be done before."""
 
@@ -59,6 +67,15 @@ class Report:
     num_received: int
     """Requests taken so far."""
     num_unfinished: int
+    fetched: list[int]
+    """As RoleEngine.fetched gives them."""
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """To the process: as RoleEngine.release."""
+
+    request_ids: list[int]
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +89,7 @@ class Failure:
     traceback: str
 
 
-def load(settings: EngineSettings, watch: Watch, permission: Callable[[], None]) -> Engine:
+def load(settings: EngineSettings, watch: Watch, permission: Callable[[], None]) -> RoleEngine:
     """The engine of the settings, as engines.load.load_engine gives it."""
     from engines.load import import_opset, load_engine
     from engines.parallel import launch
@@ -122,25 +139,38 @@ def serve(connection: Connection, trace_file: int) -> None:
         channel.flush()
 
 
-def _reports(engine: Engine, trace: Trace, inbox: queue.SimpleQueue[Any]) -> Iterator[Report]:
+def _reports(engine: RoleEngine, trace: Trace, inbox: queue.SimpleQueue[Any]) -> Iterator[Report]:
     """Steps without end."""
     finished: list[Outcome] = []
+    fetched: list[int] = []
     num_received, reported = 0, time.monotonic()
     while True:
         while not inbox.empty() or not engine.num_unfinished:
-            requests = unpack(Request, inbox.get())
-            num_received += len(requests)
-            trace.note([request.request_id for request in requests])
-            engine.submit(requests)
+            num_received += _take(inbox.get(), engine, trace)
+        if engine.stalled:
+            with contextlib.suppress(queue.Empty):
+                num_received += _take(inbox.get(timeout=REPORT_INTERVAL_S), engine, trace)
         trace.step()
         finished += engine.step()
+        fetched += engine.fetched()
         stats, silent = engine.stats(), time.monotonic() - reported
         hungry = not stats.num_waiting or not engine.num_unfinished
-        if silent >= STATS_INTERVAL_S or (finished and (hungry or silent >= REPORT_INTERVAL_S)):
-            yield Report(pack(finished), stats, num_received, engine.num_unfinished)
-            finished, reported = [], time.monotonic()
+        if silent >= STATS_INTERVAL_S or ((finished or fetched) and (hungry or silent >= REPORT_INTERVAL_S)):
+            yield Report(pack(finished), stats, num_received, engine.num_unfinished, fetched)
+            finished, fetched, reported = [], [], time.monotonic()
         elif not engine.num_unfinished:
-            yield Report([], stats, num_received, 0)
+            yield Report([], stats, num_received, 0, [])
+
+
+def _take(message: Any, engine: RoleEngine, trace: Trace) -> int:
+    """Do what a message says: how many requests it brought."""
+    if isinstance(message, Release):
+        engine.release(message.request_ids)
+        return 0
+    requests = unpack(Request, message)
+    trace.note([request.request_id for request in requests])
+    engine.submit(requests)
+    return len(requests)
 
 
 def _kind(error: Exception) -> str:

@@ -15,7 +15,7 @@ from multiprocessing import Pipe
 from typing import Any
 
 from engines.api import EngineSettings, Request
-from runner.engine_main import STACKS_SIGNAL, Channel, Loader, Trace, pack
+from runner.engine_main import STACKS_SIGNAL, Channel, Loader, Release, Trace, pack
 
 STACKS_S = 1.0
 """What writing its stacks may take a process that hangs."""
@@ -93,6 +93,10 @@ class EngineProcess:
         """For an engine that is loaded."""
         self.num_sent += len(requests)
         self.send(pack(requests))
+
+    def release(self, request_ids: Sequence[int]) -> None:
+        """For an engine that hands over."""
+        self.send(Release(list(request_ids)))
 
     def silent_s(self, busy: bool) -> float:
         """How long it has not got on, as far as calls of this a few times a second can tell. busy: it has requests."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+from engines.api import Role
 from engines.models.spec import DecoderSpec
 from engines.parallel.place import Place, held_spec
 from engines.parallel.world import Launch, world
@@ -23,11 +24,14 @@ class Layout:
     A copy of the model takes tp devices, dp copies take tp * dp. ep adds none, as experts are spread over the same
     devices. With ep <= tp each copy has experts of its own and is an engine. With ep > tp, ep / tp copies share one set
     of experts and are one engine: tp=2, dp=2, ep=4 is one engine of 4 devices; tp=2, dp=4, ep=4 is two.
+
+    Of these engines the first `prefill` compute prompts, and the others go on with them; 0: each does all of its rows.
     """
 
     tp: int
     dp: int
     ep: int
+    prefill: int = 0
 
     @property
     def num_devices(self) -> int:
@@ -46,6 +50,12 @@ class Layout:
         engine, rank = divmod(device, self.devices_per_engine)
         return engine, Place(rank, self.tp, self.ep)
 
+    def role(self, engine: int) -> Role:
+        """What an engine does."""
+        if not self.prefill:
+            return "hybrid"
+        return "prefill" if engine < self.prefill else "decode"
+
     def devices(self, engine: int) -> tuple[int, ...]:
         """Of one engine."""
         first = engine * self.devices_per_engine
@@ -56,6 +66,11 @@ class Layout:
         each = f"{self.num_devices} devices"
         if self.num_engines > 1:
             each += f" in {self.num_engines} engines"
+        if self.prefill:
+            each += (
+                f", {self.prefill} of role prefill, which compute prompts and hand their keys and values over, and "
+                f"{self.num_engines - self.prefill} of role decode, which go on with them"
+            )
         if spec is None or self.devices_per_engine == 1:
             return f"{each}; each holds the whole model" if self.devices_per_engine == 1 else each
         held = held_spec(spec, Place(0, self.tp, self.ep))
@@ -74,8 +89,15 @@ class Layout:
         return f"{each}; a device holds {', '.join(parts)}, and all norms" + (", routers" if spec.moe else "")
 
 
-def findings(tp: int, dp: int, ep: int) -> Iterator[str]:
+def findings(tp: int, dp: int, ep: int, prefill: int = 0) -> Iterator[str]:
     """Why sizes do not go together, with the arithmetic."""
+    engines = Layout(tp, dp, ep).num_engines
+    if prefill and prefill >= engines:
+        yield (
+            f"parallelism.prefill: {prefill}; expected less than the engines that there are, tp * dp / max(tp, ep) = "
+            f"{tp} * {dp} / {max(tp, ep)} = {engines}, as one at least must go on with what prefill ones hand over; "
+            "raise dp or lower it"
+        )
     if tp * dp % ep:
         yield (
             f"parallelism.ep: {ep}; expected a divisor of tp * dp = {tp} * {dp} = {tp * dp}, the devices that experts "
@@ -93,6 +115,12 @@ def findings(tp: int, dp: int, ep: int) -> Iterator[str]:
         )
 
 
+def layout_of(job: JobConfig) -> Layout:
+    """What the configuration asks for."""
+    asked = job.parallelism
+    return Layout(asked.tp, asked.dp, asked.ep, asked.prefill)
+
+
 def own_rank(job: JobConfig) -> int:
     """This process's among those that srun or torchrun has started; 0, who does the job, where none has.
 
@@ -105,7 +133,7 @@ def own_rank(job: JobConfig) -> int:
         here = world(cast(Launch, launch), os.environ)
     except ValueError as error:
         raise ConfigError(str(error)) from None
-    layout = Layout(job.parallelism.tp, job.parallelism.dp, job.parallelism.ep)
+    layout = layout_of(job)
     if here.size != layout.num_devices:
         raise ConfigError(
             f"parallelism.launch: {launch} has started {here.size} processes; expected tp * dp = {layout.tp} * "

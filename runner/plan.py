@@ -34,7 +34,7 @@ from runner.errors import ConfigError, EngineError, InputError
 from runner.fingerprint import fingerprint
 from runner.hub import model_folder
 from runner.memory import Memory, gb, memory_notes, memory_of
-from runner.parallel import Layout
+from runner.parallel import Layout, layout_of
 from runner.schema import out_of_bounds
 from runner.secrets import mask_tree
 from runner.source.paths import shown_url
@@ -170,6 +170,11 @@ def resolve(job: JobConfig, checkpoint: Checkpoint, host: Host, kind: Kind, thro
     spec, notes = _model(job, checkpoint, kind, through_transformers)
     _check_task(job, checkpoint, spec, kind)
     _check_quantization(job, checkpoint)
+    if job.parallelism.prefill and kind != "generate":
+        raise ConfigError(
+            f"parallelism.prefill: {job.parallelism.prefill} with task {job.task.name}, whose rows end with their "
+            "prompts; expected 0, as there is nothing to hand over; remove it"
+        )
     pooling, normalize, pooling_notes = _pooling(job, checkpoint, spec, kind)
     length, length_notes = _max_model_len(job, checkpoint, spec, kind)
     wanted = _only_one("dtype", job.model.dtype, job.backend_config.dtype, "auto")
@@ -452,10 +457,6 @@ def _verdict(
     if unseen and not missed:
         notes.append(unseen)
     return Verdict(engine, tuple(missed), dtype, tuple(notes))
-
-
-def layout_of(job: JobConfig) -> Layout:
-    return Layout(job.parallelism.tp, job.parallelism.dp, job.parallelism.ep)
 
 
 def _offer(engine: str, host: Host) -> Offer:

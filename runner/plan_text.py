@@ -27,6 +27,7 @@ def render(plan: Plan) -> str:
     layout = plan.layout
     if layout.num_devices > 1:
         sizes = f"tp {layout.tp}, dp {layout.dp}, ep {layout.ep}"
+        sizes += f", prefill {layout.prefill}" if layout.prefill else ""
         spec = plan.spec if isinstance(plan.spec, DecoderSpec) else None
         rows.insert(4, ("parallel", f"{sizes}: {layout.text(spec)}"))
     typical = plan.inspection.typical_tokens if plan.inspection else 0

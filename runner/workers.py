@@ -86,6 +86,11 @@ class Worker:
         """Whether what is in flight is one of the groups."""
         self.finished: list[Outcome] = []
         """Not yet fetched."""
+        self.handed: list[Request] = []
+        """Not yet fetched: what this worker has begun and others are to go on with."""
+        self.settled: list[int] = []
+        """Not yet fetched: requests, of those that others have begun, that need nothing of these any more."""
+        self.role = settings.role
         self.notes: list[str] = []
         self._name, self._settings, self._supervision = name, settings, supervision
         self._killers, self._deliver = killers, deliver
@@ -112,6 +117,16 @@ class Worker:
         counters = {name: getattr(self._stats, name) + getattr(self._before, name) for name in _COUNTERS}
         return replace(self._stats, **counters, notes=(*self.notes, *self._stats.notes))
 
+    @property
+    def number(self) -> int:
+        """Of the present process."""
+        return self._num_starts
+
+    def release(self, number: int, request_ids: Sequence[int]) -> None:
+        """The process of that number, if it still lives, may forget what it has handed over of these."""
+        if number == self._num_starts:
+            self._process.release(request_ids)
+
     def allow_loading(self) -> None:
         """From now on weights may be loaded; until then the process only imports."""
         self._allowed = True
@@ -120,8 +135,13 @@ class Worker:
     def send(self, requests: Sequence[Request]) -> None:
         """Put requests in flight."""
         self.in_flight |= {request.request_id: request for request in requests}
-        self.load += sum(map(_num_tokens, requests))
+        self.load += sum(map(self.num_tokens, requests))
         self._process.send_requests(requests)
+
+    def num_tokens(self, request: Request) -> int:
+        """Tokens that a request has and may get here, as far as it can be known."""
+        most = (request.sampling.max_tokens or 0) if request.sampling and self.role != "prefill" else 0
+        return most + (len(request.token_ids) if request.begun is None else 0)
 
     def send_suspects(self) -> None:
         """The next group, if it is time for it."""
@@ -197,8 +217,14 @@ class Worker:
             request = self.in_flight.pop(outcome.request_id, None)
             if request is None:
                 raise InternalError(f"request {outcome.request_id}: an outcome that nobody waits for")
-            self.load -= _num_tokens(request)
+            self.load -= self.num_tokens(request)
+            if outcome.finish_reason == "handover":
+                self.handed.append(replace(request, begun=outcome))
+                continue
             self.finished.append(outcome)
+            if request.begun is not None:
+                self.settled.append(request.request_id)
+        self.settled += report.fetched
         if report.outcomes:
             self._process.has_answered, self._killers_in_a_row = True, 0
         if not report.num_unfinished and report.num_received == self._process.num_sent and self.in_flight:
@@ -221,6 +247,8 @@ class Worker:
                 f"{self._name}: the process {reason}, and with it the ranks that {self._settings.launch} has started; "
                 "finished rows are kept: run the same command again to go on"
             )
+        self.settled += [request.request_id for request in self.in_flight.values() if request.begun is not None]
+        self.in_flight = {number: replace(request, begun=None) for number, request in self.in_flight.items()}
         suspects, others = self._suspects()
         self._supervision.say(
             f"{self._name}: the process {reason}; starting it again"
@@ -342,22 +370,31 @@ class Workers:
         self._killers: dict[tuple[int, ...], ErrorInfo] = {}
         self._backlog: deque[Request] = deque()
         """Requests that no process has and that are under no suspicion."""
+        self._handed: deque[Request] = deque()
+        """Likewise; begun by one worker, for another."""
+        self._holders: dict[int, tuple[Worker, int]] = {}
+        """By request: who has begun it, in the process of which number, and holds what it has computed."""
         self._finished: list[Outcome] = []
         self._supervision = supervision
         self._workers: list[Worker] = []
         with contextlib.ExitStack() as started:
             for index, each in enumerate(settings):
                 name = f"engine {each.backend}" + (f" {index}" if len(settings) > 1 else "")
+                name += "" if each.role == "hybrid" else f" ({each.role})"
                 worker = Worker(name, each, supervision, self._killers, self._messages.put)
                 started.callback(worker.close)
                 self._workers.append(worker)
             started.pop_all()
 
     def ready(self) -> Workers:
-        """Have the engines loaded and wait for the first; itself. Raises EngineError, InputError when it cannot be."""
+        """Have the engines loaded and wait for the first of each role; itself.
+
+        Raises EngineError, InputError when it cannot be.
+        """
         for worker in self._workers:
             worker.allow_loading()
-        while not any(worker.ready for worker in self._workers):
+        roles = {worker.role for worker in self._workers}
+        while {worker.role for worker in self._workers if worker.ready} != roles:
             self._supervision.check()
             self._receive()
         return self
@@ -369,7 +406,8 @@ class Workers:
     @property
     def num_unfinished(self) -> int:
         held = sum(len(w.in_flight) + len(w.finished) + sum(map(len, w.groups)) for w in self._workers)
-        return held + len(self._backlog) + len(self._finished)
+        handed = len(self._handed) + sum(len(worker.handed) for worker in self._workers)
+        return held + handed + len(self._backlog) + len(self._finished)
 
     def submit(self, requests: Sequence[Request]) -> None:
         kept, refused = _parted(requests, self._killers)
@@ -398,10 +436,33 @@ class Workers:
             self._backlog.extendleft(reversed(worker.take(number, message)))
         for worker in self._workers:
             self._backlog.extendleft(reversed(worker.watch()))
+        self._pass_on()
         if len(self._killers) > num_killers or len(self._backlog) > num_waiting:
-            kept, refused = _parted(self._backlog, self._killers)
-            self._backlog = deque(kept)
-            self._finished += refused
+            for waiting in (self._backlog, self._handed):
+                kept, refused = _parted(waiting, self._killers)
+                waiting.clear()
+                waiting += kept
+                self._finished += refused
+                self._release(outcome.request_id for outcome in refused)
+
+    def _pass_on(self) -> None:
+        """What workers have begun goes to the queue for others; what these need no more is released."""
+        for worker in self._workers:
+            self._handed += worker.handed
+            self._holders |= {request.request_id: (worker, worker.number) for request in worker.handed}
+            worker.handed = []
+        for worker in self._workers:
+            self._release(worker.settled)
+            worker.settled = []
+
+    def _release(self, request_ids: Iterable[int]) -> None:
+        """Nobody will read what is held of these, if anything is."""
+        held: dict[tuple[Worker, int], list[int]] = {}
+        for request_id in request_ids:
+            if request_id in self._holders:
+                held.setdefault(self._holders.pop(request_id), []).append(request_id)
+        for (worker, number), ids in held.items():
+            worker.release(number, ids)
 
     def _arrived(self) -> Iterator[tuple[Worker, int, Any]]:
         with contextlib.suppress(queue.Empty):
@@ -414,21 +475,25 @@ class Workers:
         for worker in self._workers:
             worker.send_suspects()
         able = [worker for worker in self._workers if worker.ready and not worker.isolating]
-        if not able or not self._backlog:
+        self._share(self._backlog, [worker for worker in able if worker.role != "decode"])
+        self._share(self._handed, [worker for worker in able if worker.role == "decode"])
+
+    def _share(self, waiting: deque[Request], able: Sequence[Worker]) -> None:
+        if not able or not waiting:
             return
         if len(self._workers) == 1:
-            able[0].send(list(self._backlog))
-            self._backlog.clear()
+            able[0].send(list(waiting))
+            waiting.clear()
             return
         shares: list[list[Request]] = [[] for _ in able]
         idle = [(worker.load, index) for index, worker in enumerate(able) if worker.room > 0]
         heapq.heapify(idle)
-        while self._backlog and idle:
+        while waiting and idle:
             load, index = heapq.heappop(idle)
-            request = self._backlog.popleft()
+            request = waiting.popleft()
             shares[index].append(request)
             if len(shares[index]) < able[index].room:
-                heapq.heappush(idle, (load + _num_tokens(request), index))
+                heapq.heappush(idle, (load + able[index].num_tokens(request), index))
         for worker, share in zip(able, shares, strict=True):
             if share:
                 worker.send(share)
@@ -445,8 +510,8 @@ class Workers:
 
 
 def each_worker(settings: EngineSettings, layout: Layout, device: str) -> list[EngineSettings]:
-    """The settings of each engine of a job: on accelerators, which ones it has; on one processor, each rank's share of
-    its threads and of the memory for the cache.
+    """The settings of each engine of a job: its role; on accelerators, which ones it has; on one processor, each rank's
+    share of its threads and of the memory for the cache.
 
     device: the host's, as configurations call it.
     """
@@ -455,8 +520,8 @@ def each_worker(settings: EngineSettings, layout: Layout, device: str) -> list[E
     if settings.device != "cpu":
         visible = platform.platforms()[device].visible
         seen = os.environ.get(visible)
-        names = (visible_devices(layout.devices(engine), seen) for engine in range(layout.num_engines))
-        return [replace(settings, environment={visible: own}) for own in names]
+        names = {engine: visible_devices(layout.devices(engine), seen) for engine in range(layout.num_engines)}
+        return [replace(settings, role=layout.role(n), environment={visible: own}) for n, own in names.items()]
     config, ranks = settings.config, layout.num_devices
     size = config.kv_cache_bytes
     share: dict[str, Any] = {
@@ -465,12 +530,8 @@ def each_worker(settings: EngineSettings, layout: Layout, device: str) -> list[E
     }
     if hasattr(config, "num_threads"):
         share["num_threads"] = max(1, (config.num_threads or platform.num_cores()) // ranks)
-    return [replace(settings, config=replace(config, **share))] * layout.num_engines
-
-
-def _num_tokens(request: Request) -> int:
-    """What a request has and may get, as far as it can be known."""
-    return len(request.token_ids) + ((request.sampling.max_tokens or 0) if request.sampling else 0)
+    shared = replace(settings, config=replace(config, **share))
+    return [replace(shared, role=layout.role(engine)) for engine in range(layout.num_engines)]
 
 
 def _ending(status: int) -> str:

@@ -22,7 +22,7 @@ def output_ids(request: Request) -> list[int]:
 
 
 class FakeEngine:
-    """Satisfies engines.api.Engine. Finishes requests in another order than they came in.
+    """Satisfies engines.api.RoleEngine. Finishes requests in another order than they came in.
 
     Args:
         per_step: Requests that a step finishes.
@@ -32,6 +32,7 @@ class FakeEngine:
     """
 
     max_model_len = 4096
+    stalled = False
 
     def __init__(
         self,
@@ -65,6 +66,12 @@ class FakeEngine:
         finished = self._queue[-self._per_step :][::-1]
         del self._queue[-self._per_step :]
         return [self._outcome(request) for request in finished]
+
+    def release(self, request_ids: Sequence[int]) -> None:
+        raise AssertionError("nothing was handed over")
+
+    def fetched(self) -> list[int]:
+        return []
 
     def _outcome(self, request: Request) -> Outcome:
         error = self._fail(request)

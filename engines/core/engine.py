@@ -7,13 +7,26 @@ import logging
 import math
 from collections.abc import Callable
 from collections.abc import Sequence as Many
+from functools import partial
 from typing import cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from engines.api import EngineConfig, EngineStats, ErrorInfo, GPUConfig, Outcome, Request, SamplingParams, TokenLogprobs
+from engines.api import (
+    EngineConfig,
+    EngineStats,
+    ErrorInfo,
+    GPUConfig,
+    HeldKV,
+    Outcome,
+    Request,
+    Role,
+    SamplingParams,
+    TokenLogprobs,
+    UnsupportedModelError,
+)
 from engines.core.block_manager import BlockManager
 from engines.core.device import Device, out_of_memory
 from engines.core.flight import Flight
@@ -26,6 +39,7 @@ from engines.models.base import Model
 from engines.ops import OpSet
 from engines.ops.kv_cache import KVDtype
 from engines.parallel.group import GroupError
+from engines.parallel.leader import KVLink
 
 log = logging.getLogger(__name__)
 Watch = Callable[[Many[int]], None]
@@ -94,6 +108,10 @@ class LLMEngine:
         self._ready: list[Outcome] = []
         """Outcomes of requests that were refused at submit."""
         self._num_unfinished = 0
+        self._link: KVLink | None = None
+        self._held: Callable[[tuple[int, ...], int], HeldKV] | None = None
+        """Of an engine that hands over: where blocks of a context key are to be had."""
+        self.stalled = False
         self._seen_failures: set[str] = set()
         self._num_steps = self._num_prompt = self._num_cached = self._num_output = 0
 
@@ -136,11 +154,37 @@ class LLMEngine:
             return ErrorInfo("empty_prompt", "nothing to score: the continuation or what precedes it has no tokens")
         return None
 
+    def take_role(self, role: Role, link: KVLink) -> None:
+        """Do a part of the work only; before the first step.
+
+        Raises UnsupportedModelError for a model whose states cannot be handed over.
+        """
+        if role == "hybrid":
+            return
+        if not self.runner.paged:
+            raise UnsupportedModelError(
+                "parallelism.prefill: above 0 with a model that keeps no blocks of keys and values; expected 0, as "
+                "there is nothing that engines could hand over; remove it"
+            )
+        self._link = link
+        if role == "prefill":
+            self._held = partial(HeldKV, *link.serve())
+        else:
+            self.scheduler.read = link.read
+
+    def release(self, request_ids: Many[int]) -> None:
+        self.scheduler.release(request_ids)
+        self.stalled = False
+
+    def fetched(self) -> list[int]:
+        found, self.scheduler.fetched = self.scheduler.fetched, []
+        return found
+
     def _sequence(self, request: Request) -> Sequence:
         token_ids = list(request.token_ids)
         sampling = request.sampling if request.kind == "generate" and request.sampling else NO_SAMPLING
         most = self.max_model_len if sampling.max_tokens is None else len(token_ids) + sampling.max_tokens
-        return Sequence(
+        seq = Sequence(
             seq_id=next(self._ids),
             request=request,
             sampling=sampling,
@@ -149,13 +193,20 @@ class LLMEngine:
             token_ids=token_ids,
             adapter_id=self.model.adapters.index(request.adapter) if request.adapter is not None else -1,
             num_prompt_tokens=len(token_ids),
+            hands_over=self._held is not None and request.kind == "generate",
         )
+        if request.begun is not None:
+            seq.token_ids += request.begun.token_ids
+            seq.logprobs += request.begun.logprobs or []
+            seq.held, seq.num_cached_tokens, seq.admissions = request.begun.held, request.begun.num_cached_tokens, 1
+        return seq
 
     @torch.inference_mode()
     def step(self) -> list[Outcome]:
         """With a device that overlaps, the outcomes are of the step before: a step is launched, then the one before it
         is read, so that the device always has something to do. A sequence that ends is computed once more in vain."""
         outcomes, self._ready = self._ready, []
+        self.stalled = False
         if self._flight is not None and self.scheduler.needs_tokens():
             outcomes += self._land()
         step = self.scheduler.schedule()
@@ -163,6 +214,8 @@ class LLMEngine:
             outcomes += self._run(step)
         elif self._flight is not None:
             outcomes += self._land()
+        elif self.scheduler.held:
+            self.stalled = bool(self.scheduler.waiting)  # there may be room once that is released
         elif self.scheduler.waiting:
             outcomes.append(self._give_up(self.scheduler.give_up()))
         self._num_unfinished -= len(outcomes)
@@ -324,7 +377,21 @@ class LLMEngine:
             end = self.sampler.append(seq, token, logprobs)
         except Exception as error:
             return self._fail(seq, error)
-        return None if end is None else self._retire(seq, end[0], stop_reason=end[1])
+        if end is None:
+            return self._hand_over(seq, self._held) if seq.hands_over and self._held is not None else None
+        return self._retire(seq, end[0], stop_reason=end[1])
+
+    def _hand_over(self, seq: Sequence, held: Callable[[tuple[int, ...], int], HeldKV]) -> Outcome:
+        self.model.release(seq.seq_id)
+        return Outcome(
+            seq.request.request_id,
+            "handover",
+            token_ids=seq.token_ids[seq.num_prompt_tokens :],
+            logprobs=seq.logprobs,
+            num_prompt_tokens=seq.num_prompt_tokens,
+            num_cached_tokens=seq.num_cached_tokens,
+            held=held(tuple(self.scheduler.hand_over(seq)), seq.context_key),
+        )
 
     def _fail(self, seq: Sequence, error: Exception) -> Outcome:
         """The outcome of a request that raises by itself."""
@@ -374,10 +441,16 @@ class LLMEngine:
             num_prompt_tokens=self._num_prompt,
             num_cached_tokens=self._num_cached,
             num_output_tokens=self._num_output + sum(map(_read_tokens, self.scheduler.running)),
-            notes=tuple(self.notes),
+            notes=(*self.notes, *self._handover_notes()),
         )
 
+    def _handover_notes(self) -> list[str]:
+        count = self.scheduler.num_unread
+        return [f"prompts computed again, as another engine could not give their KV: {count:,}"] if count else []
+
     def close(self) -> None:
+        if self._link is not None:
+            self._link.close()
         self._flight = self.runner.graphs = None
         self.runner.caches.clear()
         self.model.close()

@@ -16,15 +16,19 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 import numpy as np
 
+from engines.api import HeldKV
 from engines.core.block_manager import BlockManager
 from engines.core.sequence import UNREAD, Sequence
 
 PATIENCE = 8
 """Where admissions are rare, one in so many of the running sequences must have ended since the last were admitted."""
+Read = Callable[[HeldKV, Many[int], Many[int]], bool]
+"""Fills blocks of this engine, the last ones, with blocks of another, the first ones; whether it did."""
 LOOKAHEAD = 256
 """Waiting sequences looked at in one step when the first ones wait for a prefix."""
 
@@ -82,6 +86,14 @@ class Scheduler:
         """Whether sequences are admitted many at a time: for engines whose steps without prompts are much cheaper."""
         self._admit_at = max_num_seqs
         """Running sequences, at most, when `patient` sequences are admitted."""
+        self.read: Read = lambda held, theirs, mine: False
+        """For engines that others hand over to."""
+        self.held: dict[int, list[int]] = {}
+        """By request id: blocks of sequences that were handed over, until `release`."""
+        self.fetched: list[int] = []
+        """Requests handed over to this engine whose blocks elsewhere it needs no more."""
+        self.num_unread = 0
+        """Of these, those whose blocks could not be read and are computed again."""
         self.num_preemptions = 0
         """Sequences that gave their blocks back because others needed them."""
         width = -(-max_model_len // block_size) if blocks is not None else 0
@@ -236,6 +248,8 @@ class Scheduler:
             seq.num_computed_tokens = len(reused) * self.block_size
             if not seq.admissions:
                 seq.num_cached_tokens = seq.num_computed_tokens
+            if seq.held is not None:
+                self._read_held(seq, seq.held)
             if self.prefix_caching:
                 for index in range(len(reused), seq.num_tokens // self.block_size):
                     self._pending.setdefault(seq.digest(index, self.block_size), seq)
@@ -244,6 +258,17 @@ class Scheduler:
         seq.admissions += 1
         self.running.append(seq)
         return True
+
+    def _read_held(self, seq: Sequence, held: HeldKV) -> None:
+        """Have what was computed elsewhere, besides what is known here, or else compute it again."""
+        known, count = seq.num_registered_blocks, len(held.blocks)
+        theirs, mine = held.blocks[known:], self.block_tables[seq.slot, known:count].tolist()
+        if held.context_key == seq.context_key and (not theirs or self.read(held, theirs, mine)):
+            seq.num_computed_tokens = seq.num_tokens - 1
+        else:
+            self.num_unread += 1
+        self.fetched.append(seq.request.request_id)
+        seq.held = None
 
     def _same_context(self, seq: Sequence) -> bool:
         """False if the keys and values computed so far no longer hold: the sequence goes back to the queue."""
@@ -310,6 +335,19 @@ class Scheduler:
         self._slots.append(seq.slot)
         seq.slot, seq.num_blocks, seq.num_registered_blocks = -1, 0, 0
 
+    def hand_over(self, seq: Sequence) -> list[int]:
+        """Take a running sequence out; the blocks that hold its tokens, kept until `release`."""
+        blocks = self.held[seq.request.request_id] = self.owned(seq)
+        seq.num_blocks = 0
+        self.remove(seq)
+        return blocks
+
+    def release(self, request_ids: Iterable[int]) -> None:
+        """Free what was kept for these."""
+        for request_id in request_ids:
+            if self.blocks is not None:
+                self.blocks.release(self.held.pop(request_id, ()))
+
     def owned(self, seq: Sequence) -> list[int]:
         return self.block_tables[seq.slot, : seq.num_blocks].tolist()
 
@@ -329,7 +367,7 @@ class Scheduler:
         assert sorted(slots + self._slots) == list(range(len(self.block_tables))), "slots are lost or doubly used"
         if self.blocks is not None:
             waiting = [self._awaited[seq.seq_id] for seq in self.waiting] if self.prefix_caching else []
-            self.blocks.check_integrity((self.owned(seq) for seq in self.running), waiting)
+            self.blocks.check_integrity([*map(self.owned, self.running), *self.held.values()], waiting)
             for seq in self.running:
                 assert seq.num_computed_tokens <= seq.num_blocks * self.block_size, "computed tokens without a block"
         running = {id(seq) for seq in self.running}

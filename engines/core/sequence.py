@@ -8,7 +8,7 @@ import numpy as np
 import xxhash
 from torch import Tensor
 
-from engines.api import Request, SamplingParams, TokenLogprobs
+from engines.api import HeldKV, Request, SamplingParams, TokenLogprobs
 
 UNREAD = -1
 """Stands in token_ids for a token that the device has drawn and the host has not read."""
@@ -32,6 +32,10 @@ class Sequence:
     num_cached_tokens: int = 0
     """Prompt tokens whose KV was reused when the sequence was first admitted."""
     context_key: int = 0
+    hands_over: bool = False
+    """Whether another engine goes on after the first token."""
+    held: HeldKV | None = None
+    """Keys and values of the prompt in another engine, not yet read."""
     adapter_id: int = -1
     """Place of the request's adapter among the model's; -1: none."""
     unread_row: int = -1
@@ -61,8 +65,8 @@ class Sequence:
 
     @property
     def waits_for_end(self) -> bool:
-        """Whether the token in flight is the last one, whatever it is."""
-        return self.unread_row >= 0 and len(self.token_ids) >= self.max_num_tokens
+        """Whether the token in flight is the last one that this engine draws, whatever it is."""
+        return self.unread_row >= 0 and (self.hands_over or len(self.token_ids) >= self.max_num_tokens)
 
     @property
     def num_remaining_tokens(self) -> int:

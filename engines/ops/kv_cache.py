@@ -1,8 +1,12 @@
-"""The paged KV cache of one layer. Only ops know its layout, so that a backend may have another one."""
+"""The paged KV cache of one layer. Only ops know its layout, so that a backend may have another one.
+
+Common to all layouts: a cache is a dataclass whose tensors are contiguous and begin with the dimension of blocks, and
+what a block holds does not depend on its place.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -202,3 +206,9 @@ def dequantize_vectors(codes: Tensor, scales: Tensor, kv_dtype: KVDtype, head_di
         codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)[..., :head_dim]
     wide = codes.to(scales.dtype) * scales[..., :1]
     return (wide if kv_dtype == "fp8" else wide + scales[..., 1:]).to(dtype)
+
+
+def block_tensors(cache: KVCache | LatentCache | QuantizedKVCache) -> list[Tensor]:
+    """All that a cache holds, each [num_blocks, ...]: whoever moves a block moves its part of each."""
+    values = (getattr(cache, field.name) for field in fields(cache))
+    return [value for value in values if isinstance(value, Tensor)]

@@ -18,6 +18,7 @@ from engines.models.load import load_model
 from engines.ops import OpSet
 from engines.ops.kv_cache import KVDtype
 from engines.parallel.group import Group
+from engines.parallel.handover import BlockReader, BlockServer
 from engines.parallel.leader import Command, batch_of, payload_sizes
 from engines.parallel.place import Place
 from engines.weights import DTYPES
@@ -45,6 +46,8 @@ class Follower:
         self._model, self._ops, self._settings, self._group = model, ops, settings, group
         self._dtype, self._device = DTYPES[settings.dtype], torch.device(settings.device)
         self._caches: list[Cache] = []
+        self._reader = BlockReader(group.place.rank, self._caches)
+        self._server: BlockServer | None = None
 
     def follow(self) -> None:
         """Do what the leader says until it says no more. What fails here is raised: the leader cannot go on alone."""
@@ -55,6 +58,9 @@ class Follower:
             except RuntimeError:
                 return  # the leader has gone, and with it whoever wants to know
             if command == Command.LEAVE:
+                self._reader.close()
+                if self._server is not None:
+                    self._server.close()
                 return
             self._do(command, numbers)
 
@@ -67,6 +73,12 @@ class Follower:
         elif command == Command.LOGITS:
             rows = torch.empty(numbers[0], self._model.hidden_size, dtype=self._dtype, device=self._device)
             self._model.logits(self._group.share(rows))
+        elif command == Command.SERVE:
+            self._server = BlockServer(numbers[0], numbers[1], self._group.place.rank, self._caches)
+        elif command == Command.READ:
+            port, key, *blocks = numbers
+            middle = len(blocks) // 2
+            self._group.least(int(self._reader.read(port, key, blocks[:middle], blocks[middle:])))
 
     def _allocate(self, count: int) -> bool:
         """Whether there was memory for the caches."""
@@ -78,4 +90,5 @@ class Follower:
         except (MemoryError, RuntimeError) as error:
             if not out_of_memory(error):
                 raise
+        self._reader = BlockReader(self._group.place.rank, self._caches)
         return bool(self._caches)

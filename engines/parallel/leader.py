@@ -9,9 +9,11 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
+from engines.api import HeldKV
 from engines.batch import Batch, PrefixGroup
 from engines.models.base import Cache, Model
 from engines.parallel.group import Group, GroupError
+from engines.parallel.handover import BlockReader, BlockServer, open_store
 
 
 class Command(IntEnum):
@@ -25,6 +27,11 @@ class Command(IntEnum):
     """number of rows; then the hidden states with Group.share."""
     LEAVE = 3
     """Nothing: the work is done."""
+    SERVE = 4
+    """port and key: give blocks of the caches to whoever asks for them there."""
+    READ = 5
+    """port and key, then the server's blocks and as many of one's own: fill these, and say with Group.least whether
+    they came."""
 
 
 class LeaderModel:
@@ -65,6 +72,35 @@ class LeaderModel:
     def close(self) -> None:
         self._group.command([Command.LEAVE])
         self._group.leave()
+
+
+class KVLink:
+    """How an engine, of one rank or of several, gives blocks of its caches to another one or gets them from it."""
+
+    def __init__(self, group: Group, caches: Sequence[Cache]) -> None:
+        self._group, self._caches = group, caches
+        self._reader = BlockReader(group.place.rank, caches)
+        self._server: BlockServer | None = None
+
+    def serve(self) -> tuple[int, int]:
+        """Give blocks to whoever asks: (port, key) of engines.api.HeldKV."""
+        self._store, key = open_store()
+        self._server = BlockServer(self._store.port, key, self._group.place.rank, self._caches)
+        with _together():
+            self._group.command([Command.SERVE, self._store.port, key])
+        return self._store.port, key
+
+    def close(self) -> None:
+        """Before the engine's ranks leave."""
+        self._reader.close()
+        if self._server is not None:
+            self._server.close()
+
+    def read(self, held: HeldKV, theirs: Sequence[int], mine: Sequence[int]) -> bool:
+        """As BlockReader.read, on all ranks. Raises GroupError where one of these has gone."""
+        with _together():
+            self._group.command([Command.READ, held.port, held.key, *theirs, *mine])
+            return bool(self._group.least(int(self._reader.read(held.port, held.key, theirs, mine))))
 
 
 @contextlib.contextmanager

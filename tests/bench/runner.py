@@ -26,6 +26,7 @@ class InstantEngine:
     """Answers every request with its own prompt at the next step."""
 
     max_model_len = 256
+    stalled = False
 
     def __init__(self) -> None:
         self._waiting: list[Request] = []
@@ -38,6 +39,12 @@ class InstantEngine:
         requests, self._waiting = self._waiting, []
         self._done += len(requests)
         return [Outcome(r.request_id, "stop", token_ids=[1, 2], num_prompt_tokens=1) for r in requests]
+
+    def release(self, request_ids: Sequence[int]) -> None:
+        raise AssertionError("nothing was handed over")
+
+    def fetched(self) -> list[int]:
+        return []
 
     @property
     def num_unfinished(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 
@@ -39,6 +40,16 @@ def test_devices_and_engines(tp: int, dp: int, ep: int, devices: int, engines: i
 )  # fmt: skip
 def test_sizes_that_do_not_go_together(tp: int, dp: int, ep: int, message: str) -> None:
     assert message in "\n".join(findings(tp, dp, ep))
+
+
+def test_roles() -> None:
+    layout = Layout(2, 3, 1, prefill=1)
+    assert (layout.num_devices, [layout.role(engine) for engine in range(3)]) == (6, ["prefill", "decode", "decode"])
+    assert [Layout(2, 2, 1).role(engine) for engine in range(2)] == ["hybrid", "hybrid"]
+    assert not list(findings(2, 3, 1, 2))
+    expected = r"parallelism.prefill: 3; expected less than .* tp \* dp / max\(tp, ep\) = 2 \* 3 / 2 = 3, as one"
+    assert re.match(expected, "\n".join(findings(2, 3, 1, 3)))
+    assert "1 of role prefill, which compute prompts" in layout.text(None) and "2 of role decode" in layout.text(None)
 
 
 def test_what_each_of_four_devices_does() -> None:
