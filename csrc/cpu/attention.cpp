@@ -109,7 +109,7 @@ void fill(const Call& call, const Item& item, Work& work) {
   work.end = item.members ? item.shared : highest + 1;
 }
 
-// Asks for an item's first tile, which lies anywhere. One block of one head is contiguous in either layout.
+// Asks for an item's first tile, which lies anywhere: for kernels that do not look ahead themselves.
 void prefetch(const Work& work) {
   const int64_t bytes = std::min<int64_t>(work.block_size, kTile) * work.k_slot_stride;
   for (int64_t key = work.begin; key < std::min(work.end, work.begin + kTile); key += work.block_size) {
@@ -154,14 +154,15 @@ void run_all(const Call& call, std::vector<Item>& items) {
       if (turn >= order.size()) return;
       for (size_t i = 0; i < order[turn].count; ++i) {
         fill(call, items[order[turn].first + i], works[i]);
-        prefetch(works[i]);
+        if (!call.packed) prefetch(works[i]);
       }
     };
     size_t turn = next.fetch_add(1);
     for (prepare(turn, now); turn < order.size(); std::swap(now, ahead)) {
       const size_t coming = next.fetch_add(1);
       prepare(coming, ahead);
-      attend(now, static_cast<int>(order[turn].count), scratch.get());
+      const int num_ahead = coming < order.size() ? static_cast<int>(order[coming].count) : 0;
+      attend(now, static_cast<int>(order[turn].count), ahead, num_ahead, scratch.get());
       turn = coming;
     }
   });

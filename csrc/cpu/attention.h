@@ -54,8 +54,9 @@ inline constexpr int64_t scratch_floats(int64_t head_dim) {
   return (3 * kRows + kTile) * padded + kTile * (padded + 16) + 2 * kRows * kTile + 8 * kRows;
 }
 
-// Computes one item, or up to kLanes of at most kLaneRows rows each.
-using Kernel = void (*)(const Work* works, int count, float* scratch);
+// Computes one item, or up to kLanes of at most kLaneRows rows each. ahead: the items that come next, whose memory may
+// be asked for meanwhile.
+using Kernel = void (*)(const Work* works, int count, const Work* ahead, int num_ahead, float* scratch);
 
 // The kernel of the instruction set in use; the one for packed caches needs AMX.
 Kernel kernel(bool packed);
@@ -63,11 +64,11 @@ Kernel kernel(bool packed);
 Kernel kernel_of_codes(Type type, Codes codes);
 
 namespace amx {
-void attend(const Work* works, int count, float* scratch);        // bfloat16 in a packed cache (packed.h)
-void attend_codes(const Work* works, int count, float* scratch);  // bfloat16 and float16; int8 and int4
+void attend(const Work* works, int count, const Work* ahead, int num_ahead, float* scratch);        // bfloat16 in a packed cache (packed.h)
+void attend_codes(const Work* works, int count, const Work* ahead, int num_ahead, float* scratch);  // bfloat16 and float16; int8 and int4
 }  // namespace amx
-namespace avx512 { void attend(const Work* works, int count, float* scratch); }
-namespace avx2 { void attend(const Work* works, int count, float* scratch); }
-namespace baseline { void attend(const Work* works, int count, float* scratch); }
+namespace avx512 { void attend(const Work* works, int count, const Work* ahead, int num_ahead, float* scratch); }
+namespace avx2 { void attend(const Work* works, int count, const Work* ahead, int num_ahead, float* scratch); }
+namespace baseline { void attend(const Work* works, int count, const Work* ahead, int num_ahead, float* scratch); }
 
 }  // namespace cpu_ops

@@ -19,27 +19,6 @@ namespace {
 
 constexpr int kUnits = kRows / kSide > kLanes * (kLaneRows / kSide) ? kRows / kSide : kLanes * (kLaneRows / kSide);
 
-// What a thread works on, laid out in its scratch.
-struct Scratch : Softmax {
-  float* out;         // [kRows][D] sums of weighted values
-  uint16_t* q;        // [kRows][D]
-  uint16_t* weights;  // [kRows][kTile]
-  char* tail;         // values of the last 32 keys, zero where there are none
-
-  Scratch(float* at, int D, bool one_of_several) {
-    const int rows = one_of_several ? kLaneRows : kRows;
-    out = at;
-    scores = out + rows * D;
-    sums = scores + rows * kTile;
-    maximum = sums + rows * 16;
-    base = maximum + rows;
-    factor = base + rows;
-    q = reinterpret_cast<uint16_t*>(factor + rows);
-    weights = q + rows * D;
-    tail = reinterpret_cast<char*>(weights + rows * kTile);
-  }
-};
-
 // Where the cache holds a tile of keys and of values: by 16 keys, by 32 values.
 struct Located {
   int count;  // keys of this tile that there are
@@ -58,18 +37,65 @@ void locate(Located& at, const Work& work, int64_t first) {
   }
 }
 
-// Asks for a tile of keys or values that comes next: blocks lie anywhere, so no hardware foresees them.
-inline void prefetch(const char* from, int64_t bytes) {
-  for (int64_t i = 0; i < bytes; i += 64) _mm_prefetch(from + i, _MM_HINT_T1);
-}
-
-void prefetch(const Located& at, const Work& work) {
-  const int64_t key_step = work.block_size / kPackedKeys * kPackedTile;
-  for (int i = 0; i * kSide < at.count; ++i) {
-    for (int d = 0; d < work.head_dim / 32; ++d) prefetch(at.k[i] + d * key_step, kPackedTile);
-    if (i % 2 == 0) prefetch(at.v[i / 2], work.head_dim / 16 * kPackedTile);
+// Asks for the tile of keys and values that comes next: blocks lie anywhere, so no hardware foresees them. In parts, among
+// the work on this one: few lines can be under way at a time, and who asks for more of them waits.
+class Asking {
+ public:
+  void start(const Located& next, const Work& work) {
+    rest();
+    at_ = count_ = 0;
+    const int64_t key_step = work.block_size / kPackedKeys * kPackedTile;
+    for (int g = 0; g * kSide < next.count; g += 2)
+      for (int d = 0; d < work.head_dim / 32; ++d) {
+        add(next.k[g] + d * key_step);
+        if ((g + 1) * kSide < next.count) add(next.k[g + 1] + d * key_step);
+      }
+    for (int g = 0; g * kPackedValues < next.count; ++g)
+      for (int d = 0; d < work.head_dim / 16; ++d) add(next.v[g] + d * kPackedTile);
   }
-}
+
+  void some() {
+    if (at_ == count_) return;
+    const char* part = parts_[at_++];
+    for (int64_t i = 0; i < kPackedTile; i += 64) _mm_prefetch(part + i, _MM_HINT_T1);
+  }
+
+  void rest() {
+    while (at_ < count_) some();
+  }
+
+ private:
+  static constexpr int kMost = 64;  // the parts of a tile of heads of 256; larger ones are asked for in part
+
+  void add(const char* part) {
+    if (count_ < kMost) parts_[count_++] = part;
+  }
+
+  const char* parts_[kMost];
+  int at_ = 0, count_ = 0;
+};
+
+// What a thread works on, laid out in its scratch.
+struct Scratch : Softmax {
+  float* out;         // [kRows][D] sums of weighted values
+  uint16_t* q;        // [kRows][D]
+  uint16_t* weights;  // [kRows][kTile]
+  char* tail;         // values of the last 32 keys, zero where there are none
+  Asking* asking;
+
+  Scratch(float* at, int D, bool one_of_several, Asking* asking) : asking(asking) {
+    const int rows = one_of_several ? kLaneRows : kRows;
+    out = at;
+    scores = out + rows * D;
+    sums = scores + rows * kTile;
+    maximum = sums + rows * 16;
+    base = maximum + rows;
+    factor = base + rows;
+    q = reinterpret_cast<uint16_t*>(factor + rows);
+    weights = q + rows * D;
+    tail = reinterpret_cast<char*>(weights + rows * kTile);
+  }
+};
 
 // scores[16][T] = q[16] @ keys from row r on, for the 16-key groups that there are.
 void score(const Scratch& s, const Located& at, int r, int D, int64_t key_step) {
@@ -85,6 +111,7 @@ void score(const Scratch& s, const Located& at, int r, int D, int64_t key_step) 
       _tile_loadd(4, q + d * 32, D * 2);
       _tile_loadd(5, k0 + d * key_step, 64);
       _tile_dpbf16ps(0, 4, 5);
+      s.asking->some();
       _tile_loadd(6, k1 + d * key_step, 64);
       _tile_dpbf16ps(1, 4, 6);
       _tile_loadd(5, k2 + d * key_step, 64);
@@ -107,6 +134,7 @@ void score(const Scratch& s, const Located& at, int r, int D, int64_t key_step) 
     _tile_dpbf16ps(0, 4, 5);
     _tile_loadd(6, k1 + d * key_step, 64);
     _tile_dpbf16ps(1, 4, 6);
+    s.asking->some();
   }
   _tile_stored(0, to, kTile * 4);
   _tile_stored(1, to + 16, kTile * 4);
@@ -116,6 +144,7 @@ void score(const Scratch& s, const Located& at, int r, int D, int64_t key_step) 
 template <int groups>
 void exponentiate(const Scratch& s, const uint64_t* seen, __m512 factor_to_log2, int first, int rows, int D) {
   for (int r = first; r < first + rows; ++r) {
+    s.asking->some();
     const float* x = s.scores + r * kTile;
     const __m512 base = _mm512_set1_ps(s.base[r]);
     __m512 weight[groups];
@@ -145,7 +174,9 @@ template <int groups>
 void weigh(const Scratch& s, const Work& work, int r, int64_t first_key, int count, int64_t lowest, int D) {
   uint64_t masks[kSide];
   const uint64_t* seen = masks_of<groups>(work, r, first_key, count, lowest, masks);
+  s.asking->some();
   raise_maxima<groups>(s, work, r, seen);
+  s.asking->some();
   exponentiate<groups>(s, seen, to_log2(work), r, rows_from(work, r), D);
 }
 
@@ -176,12 +207,14 @@ void accumulate(const Scratch& s, const char* const* v, int groups, int r, int D
       _tile_loadd(4, weights + g * 32, kTile * 2);
       _tile_loadd(5, b, 64);
       _tile_dpbf16ps(0, 4, 5);
+      s.asking->some();
       _tile_loadd(6, b + kPackedTile, 64);
       _tile_dpbf16ps(1, 4, 6);
       _tile_loadd(5, b + 2 * kPackedTile, 64);
       _tile_dpbf16ps(2, 4, 5);
       _tile_loadd(6, b + 3 * kPackedTile, 64);
       _tile_dpbf16ps(3, 4, 6);
+      s.asking->some();
     }
     _tile_stored(0, to, D * 4);
     _tile_stored(1, to + 16, D * 4);
@@ -246,18 +279,22 @@ void finish(const Scratch& s, const Work& work, int D) {
 // One item on its way through the keys.
 struct Lane {
   const Work* work;
+  const Work* ahead;  // the item whose turn comes after it, or null
   Scratch scratch;
   int64_t first;
   int64_t lowest;  // position among its rows
   int groups;      // of 32 keys in this tile
   Located now, next;
+  Asking asking;
 };
 
 // A lane's next tile of keys: where it is, and its values without what lies past the last one.
 void advance(Lane& lane, int D) {
   lane.now = lane.next;
-  locate(lane.next, *lane.work, lane.first + kTile);
-  prefetch(lane.next, *lane.work);
+  if (lane.first + kTile < lane.work->end) locate(lane.next, *lane.work, lane.first + kTile);
+  else if (lane.ahead) locate(lane.next, *lane.ahead, lane.ahead->begin);
+  else lane.next.count = 0;
+  lane.asking.start(lane.next, *lane.work);
   lane.groups = (lane.now.count + kPackedValues - 1) / kPackedValues;
   if (lane.now.count % kPackedValues == 0) return;
   const char*& last = lane.now.v[lane.groups - 1];
@@ -285,15 +322,16 @@ void attend_tile(const Unit* units, int count, int D, int64_t key_step) {
   }
 }
 
-void attend_lanes(const Work* works, int count, float* scratch) {
+void attend_lanes(const Work* works, int count, const Work* ahead, int num_ahead, float* scratch) {
   const int D = works->head_dim;
   const int64_t key_step = works->block_size / kPackedKeys * kPackedTile;
   const int64_t lane_floats = scratch_floats(D) / kLanes / 16 * 16;
   alignas(Lane) char room[kLanes * sizeof(Lane)];
   Lane* lanes = reinterpret_cast<Lane*>(room);
   for (int i = 0; i < count; ++i) {
-    const Scratch own(scratch + i * lane_floats, D, count > 1);
-    new (lanes + i) Lane{works + i, own, works[i].begin, lowest_position(works[i]), 0, {}, {}};
+    const Scratch own(scratch + i * lane_floats, D, count > 1, &lanes[i].asking);
+    const Work* then = i < num_ahead ? ahead + i : nullptr;
+    new (lanes + i) Lane{works + i, then, own, works[i].begin, lowest_position(works[i]), 0, {}, {}, {}};
     start(own, works[i], D);
     locate(lanes[i].next, works[i], works[i].begin);
   }
@@ -309,16 +347,19 @@ void attend_lanes(const Work* works, int count, float* scratch) {
     attend_tile(units, num_units, D, key_step);
     for (int i = 0; i < count; ++i) lanes[i].first += kTile;
   }
-  for (int i = 0; i < count; ++i) finish(lanes[i].scratch, *lanes[i].work, D);
+  for (int i = 0; i < count; ++i) {
+    lanes[i].asking.rest();
+    finish(lanes[i].scratch, *lanes[i].work, D);
+  }
 }
 
 }  // namespace
 
-void attend(const Work* works, int count, float* scratch) {
+void attend(const Work* works, int count, const Work* ahead, int num_ahead, float* scratch) {
   int rows = 0;
   for (int i = 0; i < count; ++i) rows = works[i].num_rows > rows ? works[i].num_rows : rows;
   const Tiles tiles(TileConfig(rows < kSide ? rows : kSide));
-  attend_lanes(works, count, scratch);
+  attend_lanes(works, count, ahead, num_ahead, scratch);
 }
 
 }  // namespace amx

@@ -465,7 +465,7 @@ template <Codes codes> void attend_item(const Work& work, float* scratch) {
 
 }  // namespace
 
-void attend_codes(const Work* works, int count, float* scratch) {
+void attend_codes(const Work* works, int count, const Work*, int, float* scratch) {
   for (const Work* work = works; work < works + count; ++work) {
     TileConfig config(work->num_rows < kSide ? work->num_rows : kSide);
     config.rows[5] = config.rows[4];

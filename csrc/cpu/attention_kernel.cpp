@@ -138,7 +138,7 @@ template <Type type> void attend_typed(const Work& work, float* scratch) {
 
 }  // namespace
 
-void attend(const Work* works, int count, float* scratch) {
+void attend(const Work* works, int count, const Work*, int, float* scratch) {
   for (const Work* work = works; work < works + count; ++work) switch (work->type) {
       case Type::f32: attend_typed<Type::f32>(*work, scratch); break;
       case Type::f16: attend_typed<Type::f16>(*work, scratch); break;

@@ -102,7 +102,7 @@ void attend_item(const Call& call, Kernel attend, const Item& item, char* room, 
     fill_head(call, item, item.head + i, room + i * 2 * call.packed_bytes(item.length), works[i]);
   for (int64_t first = 0; first < item.length; first += kRows) {
     for (int64_t i = 0; i < item.num_heads; ++i) fill_rows(call, item, item.head + i, first, works[i]);
-    attend(works, static_cast<int>(item.num_heads), scratch);
+    attend(works, static_cast<int>(item.num_heads), nullptr, 0, scratch);
   }
 }
 
