@@ -40,6 +40,7 @@ CPU_OPS_ELEMENTWISE(baseline)
 namespace amx {  // bfloat16
 void rms_norm(const Norm&, int64_t first, int64_t last);
 void layer_norm(const Norm&, int64_t first, int64_t last);
+void rope(const Rotation&, int64_t first, int64_t last);
 }  // namespace amx
 
 }  // namespace cpu_ops

@@ -1,4 +1,4 @@
-// The op write_quantized_kv (kv_codes.cpp) as it calls its kernels: one call a run of tokens.
+// Keys and values as codes: what kv_codes.cpp says to its kernels, one call a run of tokens.
 #pragma once
 
 #include <stdint.h>

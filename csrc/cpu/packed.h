@@ -20,6 +20,9 @@ constexpr int64_t kPackedTile = 1024;
 namespace amx {
 void pack_keys(char* to, const char* keys, int64_t stride, int64_t count, int64_t D);
 void pack_values(char* to, const char* values, int64_t stride, int64_t count, int64_t D);
+// The same into the slots from `slot` on of a block that has others already.
+void write_keys(char* block, int64_t block_size, int64_t slot, const char* keys, int64_t stride, int64_t count, int64_t D);
+void write_values(char* block, int64_t block_size, int64_t slot, const char* values, int64_t stride, int64_t count, int64_t D);
 }  // namespace amx
 
 }  // namespace cpu_ops

@@ -7,6 +7,28 @@
 
 namespace cpu_ops {
 namespace amx {
+namespace {
+
+void write_key(char* block, int64_t block_size, int64_t slot, const char* key, int64_t D) {
+  char* to = block + slot / kPackedKeys * kPackedTile + slot % kPackedKeys * 4;
+  for (int64_t d = 0; d < D; d += 32, key += 64, to += block_size / kPackedKeys * kPackedTile)
+    for (int64_t i = 0; i < 16; ++i) __builtin_memcpy(to + i * 64, key + i * 4, 4);
+}
+
+void write_value(char* block, int64_t slot, const char* value, int64_t D) {
+  char* to = block + slot / kPackedValues * (D / 16) * kPackedTile + slot % kPackedValues / 2 * 64 + slot % 2 * 2;
+  for (int64_t d = 0; d < D; d += 16, value += 32, to += kPackedTile)
+    for (int64_t i = 0; i < 16; ++i) __builtin_memcpy(to + i * 4, value + i * 2, 2);
+}
+
+// Pairs of values, one of each of two tokens, which begin at `first` of 32.
+inline __m512i paired(__m512i a, __m512i b, int first) {
+  const __m512i places = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5,
+                                          36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+  return _mm512_permutex2var_epi16(a, _mm512_add_epi16(places, _mm512_set1_epi16(static_cast<short>(first))), b);
+}
+
+}  // namespace
 
 void pack_keys(char* to, const char* keys, int64_t stride, int64_t count, int64_t D) {
   const int64_t groups = (count + kPackedValues - 1) / kPackedValues * (kPackedValues / kPackedKeys);
@@ -23,14 +45,6 @@ void pack_keys(char* to, const char* keys, int64_t stride, int64_t count, int64_
 }
 
 void pack_values(char* to, const char* values, int64_t stride, int64_t count, int64_t D) {
-  alignas(64) uint16_t low[32], high[32];
-  for (int i = 0; i < 16; ++i) {
-    low[2 * i] = static_cast<uint16_t>(i);
-    low[2 * i + 1] = static_cast<uint16_t>(32 + i);
-    high[2 * i] = static_cast<uint16_t>(16 + i);
-    high[2 * i + 1] = static_cast<uint16_t>(48 + i);
-  }
-  const __m512i first = _mm512_load_si512(low), second = _mm512_load_si512(high);
   const int64_t groups = (count + kPackedValues - 1) / kPackedValues;
   for (int64_t g = 0; g < groups; ++g, to += D / 16 * kPackedTile)
     for (int64_t p = 0; p < kPackedValues / 2; ++p) {
@@ -40,10 +54,50 @@ void pack_values(char* to, const char* values, int64_t stride, int64_t count, in
         const __m512i a = even < count ? _mm512_loadu_si512(from) : _mm512_setzero_si512();
         const __m512i b = even + 1 < count ? _mm512_loadu_si512(from + stride) : _mm512_setzero_si512();
         char* tile = to + 2 * d * kPackedTile + p * 64;
-        _mm512_store_si512(tile, _mm512_permutex2var_epi16(a, first, b));
-        _mm512_store_si512(tile + kPackedTile, _mm512_permutex2var_epi16(a, second, b));
+        _mm512_store_si512(tile, paired(a, b, 0));
+        _mm512_store_si512(tile + kPackedTile, paired(a, b, 16));
       }
     }
+}
+
+void write_keys(char* block, int64_t block_size, int64_t slot, const char* keys, int64_t stride, int64_t count,
+                int64_t D) {
+  for (int64_t done = 0; done < count;) {
+    const int64_t at = slot + done;
+    const char* key = keys + done * stride;
+    if (at % kPackedKeys || count - done < kPackedKeys) {
+      write_key(block, block_size, at, key, D);
+      ++done;
+      continue;
+    }
+    char* to = block + at / kPackedKeys * kPackedTile;
+    for (int64_t d = 0; d < D / 32; ++d, to += block_size / kPackedKeys * kPackedTile) {
+      __m512i rows[16];
+      for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(key + i * stride + d * 64);
+      transpose(rows);
+      for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 64, rows[i]);
+    }
+    done += kPackedKeys;
+  }
+}
+
+void write_values(char* block, int64_t, int64_t slot, const char* values, int64_t stride, int64_t count, int64_t D) {
+  for (int64_t done = 0; done < count;) {
+    const int64_t at = slot + done;
+    const char* value = values + done * stride;
+    if (at % 2 || done + 1 == count) {
+      write_value(block, at, value, D);
+      ++done;
+      continue;
+    }
+    char* to = block + at / kPackedValues * (D / 16) * kPackedTile + at % kPackedValues / 2 * 64;
+    for (int64_t d = 0; d < D / 32; ++d, to += 2 * kPackedTile) {
+      const __m512i a = _mm512_loadu_si512(value + d * 64), b = _mm512_loadu_si512(value + stride + d * 64);
+      _mm512_store_si512(to, paired(a, b, 0));
+      _mm512_store_si512(to + kPackedTile, paired(a, b, 16));
+    }
+    done += 2;
+  }
 }
 
 }  // namespace amx

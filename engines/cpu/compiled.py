@@ -166,10 +166,7 @@ def write_kv(k: Tensor, v: Tensor, cache: KVCache, slot_mapping: Tensor) -> None
     """As the reference."""
     if k.dtype == torch.float64 or k.dtype != cache.k.dtype:
         return kv_cache.write_kv(k, v, cache, slot_mapping)
-    if isinstance(cache, PackedKVCache):
-        torch.ops.cpu_ops.write_kv_packed(k, v, cache.k, cache.v, slot_mapping)
-        return None
-    torch.ops.cpu_ops.write_kv(k, v, cache.k, cache.v, slot_mapping)
+    torch.ops.cpu_ops.write_kv(k, v, cache.k, cache.v, slot_mapping, isinstance(cache, PackedKVCache))
 
 
 def write_quantized_kv(k: Tensor, v: Tensor, cache: QuantizedKVCache, slot_mapping: Tensor) -> None:
@@ -178,6 +175,28 @@ def write_quantized_kv(k: Tensor, v: Tensor, cache: QuantizedKVCache, slot_mappi
         return kv_cache.write_quantized_kv(k, v, cache, slot_mapping)
     codes, scales = (cache.k, cache.v), (cache.k_scales, cache.v_scales)
     torch.ops.cpu_ops.write_quantized_kv(k, v, *codes, *scales, slot_mapping, CODES[cache.kv_dtype])
+    return None
+
+
+def rope_write_kv(
+    self: OpSet,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    positions: Tensor,
+    cos_sin: Tensor,
+    cache: KVCache | QuantizedKVCache,
+    slot_mapping: Tensor,
+) -> None:
+    """As the reference, in one call: each token is rotated and written by one thread."""
+    if q.dtype == torch.float64 or (isinstance(cache, KVCache) and k.dtype != cache.k.dtype):
+        return kv_cache.rope_write_kv(self, q, k, v, positions, cos_sin, cache, slot_mapping)
+    rotation, codes = (q, k, v, positions, cos_sin), (cache.k, cache.v)
+    if isinstance(cache, QuantizedKVCache):
+        scales, kind = (cache.k_scales, cache.v_scales), CODES[cache.kv_dtype]
+        torch.ops.cpu_ops.rope_write_quantized_kv(*rotation, *codes, *scales, slot_mapping, kind)
+    else:
+        torch.ops.cpu_ops.rope_write_kv(*rotation, *codes, slot_mapping, isinstance(cache, PackedKVCache))
     return None
 
 
