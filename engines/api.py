@@ -219,6 +219,8 @@ class EngineSettings:
     role: Role = "hybrid"
     launch: Literal["spawn", "srun", "torchrun"] = "spawn"
     """Who starts the other ranks: the first one, or something that has started all of them."""
+    libraries: Mapping[str, str] = field(default_factory=dict)
+    """Op -> the library that computes it for prompts, in place of the engine's kernel."""
     environment: Mapping[str, str] = field(default_factory=dict)
     """Variables that the engine's process has besides its parent's, as for which accelerators it sees."""
     trust_remote_code: bool = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 
 
@@ -46,6 +47,9 @@ class Batch:
     """One id a sequence, stable over its life: for models that keep their own state instead of the paged cache."""
     adapter_ids: torch.Tensor | None = None
     """[num_tokens] int64: each token's adapter by its place in the model's `adapters`, -1: none; None: none has one"""
+    lengths: np.ndarray | None = None
+    """[2, num_seqs] int64, in this process's memory: new tokens and KV length of each sequence, for libraries that lay
+    out their work there; None where only the device's memory has them"""
     context_keys: torch.Tensor | None = None
     """[num_seqs] int64: each sequence's Model.context_key; None where all are 0."""
 

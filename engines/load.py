@@ -173,9 +173,15 @@ def _sized(
 
 
 def make_opset(settings: EngineSettings) -> OpSet:
-    """The op set of the settings' engine."""
+    """The op set of the settings' engine, with the libraries that the plan has found.
+
+    Raises UnsupportedModelError where an installed library does not work.
+    """
     ops = import_opset(settings.backend)()
     ops.invariant = settings.numerics == "invariant"
+    for name in sorted(set(settings.libraries.values())):
+        library = importlib.import_module(f"engines.{settings.backend}.libraries.{name}")
+        library.attach(ops, [op for op, taken in settings.libraries.items() if taken == name])
     return ops
 
 

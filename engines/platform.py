@@ -14,8 +14,9 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,10 @@ class Host:
     """Whether triton can be imported."""
     c_compiler: bool = True
     """Whether there is one, as triton needs it to launch what it compiles. Assumed of a described host."""
+    nvcc: bool = False
+    """Whether there is a CUDA compiler, for libraries that compile when they are first used."""
+    packages: Mapping[str, str] = field(default_factory=dict)
+    """Installed modules that engines/triton/libraries names -> version. None of a described host."""
     problems: tuple[str, ...] = ()
     """What stands between this machine and its accelerators, in sentences."""
 
@@ -169,6 +174,8 @@ def probe(price_per_hour: float | None = None) -> Host:
         extensions=installed_extensions(),
         triton=importlib.util.find_spec("triton") is not None,
         c_compiler=bool(os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))),
+        nvcc=bool(os.environ.get("CUDA_HOME") or shutil.which("nvcc")),
+        packages=installed_packages(),
     )
     for kind, platform in platforms().items():
         if host.device == "cpu" and driver_present(platform):
@@ -197,6 +204,20 @@ def installed_extensions() -> frozenset[str]:
     return frozenset(
         name for name, pattern in patterns.items() if any(f.suffix in suffixes for f in folder.glob(pattern))
     )
+
+
+def installed_packages() -> dict[str, str]:
+    """Versions of the modules that libraries of the Triton engine are made of, of those that are here; imports none."""
+    libraries = discover.modules("engines.triton.libraries").values()
+    wanted = [named for library in libraries for named in library.PACKAGES.items()]
+    return {module: _version(name) for module, name in wanted if importlib.util.find_spec(module) is not None}
+
+
+def _version(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "of no known version"
 
 
 def is_bf16_supported(host: Host, on_cpu: bool = False) -> bool:

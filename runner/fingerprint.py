@@ -51,6 +51,8 @@ def fingerprint(
         "output.keep_columns": job.output.keep_columns,
         "output.token_ids": job.output.token_ids,
     }
+    if settings.libraries:
+        values["libraries"] = settings.libraries
     for group in ("task", "sampling", "dataset"):
         for name, value in _fields(getattr(job, group)).items():
             values[f"{group}.{name}"] = value

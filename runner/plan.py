@@ -33,6 +33,7 @@ from runner.config import HostConfig, JobConfig
 from runner.errors import ConfigError, EngineError, InputError
 from runner.fingerprint import fingerprint
 from runner.hub import model_folder
+from runner.libraries import Libraries, libraries_of
 from runner.memory import Memory, gb, memory_notes, memory_of
 from runner.parallel import Layout, layout_of
 from runner.schema import out_of_bounds
@@ -206,6 +207,7 @@ def resolve(job: JobConfig, checkpoint: Checkpoint, host: Host, kind: Kind, thro
         numerics="fast" if job.numerics == "fast" else "invariant",
         quantization="int8" if job.model.quantization == "int8" else None,
         adapters=job.model.adapters,
+        libraries=_libraries(chosen.engine, job, config, checkpoint, spec, chosen.dtype, kind, host).ops,
         tp=job.parallelism.tp,
         ep=job.parallelism.ep,
         launch=job.parallelism.launch,  # type: ignore[arg-type]
@@ -418,6 +420,10 @@ def _verdict(
     missed = difference(needed, offer)
     slow = [f"{op}: reference op inside the decode step" for op in reference_ops(needed, offer)]
     notes = [note] if note else []
+    if not offer.blockers:
+        libraries = _libraries(engine, job, config, checkpoint, spec, dtype, kind, host)
+        missed += libraries.missed
+        notes += libraries.notes
     dense = _dequantizes(offer, job, checkpoint)
     if dense and spec is not None:
         method = quantization_of(job, checkpoint)["quantization"]
@@ -457,6 +463,19 @@ def _verdict(
     if unseen and not missed:
         notes.append(unseen)
     return Verdict(engine, tuple(missed), dtype, tuple(notes))
+
+
+def _libraries(
+    engine: str,
+    job: JobConfig,
+    config: EngineConfig,
+    checkpoint: Checkpoint,
+    spec: ModelSpec | None,
+    dtype: str,
+    kind: Kind,
+    host: Host,
+) -> Libraries:
+    return libraries_of(engine, config, needs(job, checkpoint, spec, dtype, kind), host, job.numerics != "fast")
 
 
 def _offer(engine: str, host: Host) -> Offer:

@@ -55,11 +55,19 @@ DEVICE_EVIDENCE = {
     "x86-64 CPU, Linux": (TESTED, "all tests run there"),
     "ARM CPU, Linux": (UNTESTED, "plain torch serves it; nothing was run there"),
     "macOS": (UNTESTED, "plain torch serves it; nothing was run there"),
+    "NVIDIA GPU before 8.0 (Volta 7.0, Turing 7.5)": (COMPILED, "Triton alone: tests/engines/triton/test_aot.py"),
     "NVIDIA GPU": (UNTESTED, "kernels were compiled, and checked on a processor; engines/gpu_ledger.json is empty"),
     **{
         f"{platform.maker} ({name})": (SIMULATED, "found and planned for by tests/engines/test_platform.py; never run")
         for name, platform in platforms().items()
         if name != "cuda"
+    },
+    **{
+        f"Prompts by {name} on NVIDIA GPUs": (
+            SIMULATED,
+            "a stand-in for the library: tests/engines/triton/test_libraries.py",
+        )
+        for name in discover.names("engines.triton.libraries")
     },
     "Several GPUs (tp, dp, ep)": (SIMULATED, "several processes on a processor, over gloo: tests/parallel; never NCCL"),
     "Several nodes (srun, torchrun)": (SIMULATED, "two processes on one machine: tests/parallel/test_world.py"),

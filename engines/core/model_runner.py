@@ -157,6 +157,7 @@ class ModelRunner:
             max_seqlen_k=longest,
             prefix_groups=tuple(PrefixGroup(seqs, num_blocks) for seqs, num_blocks in shared),
             seq_ids=tuple(s.seq.seq_id for s in step),
+            lengths=np.stack((counts, lengths)),
             **tensors,
         )
 

@@ -382,6 +382,25 @@ class Scores:
     sinks: Tensor | None = None
 
 
+def keys_of(cache: KVCache | LatentCache) -> Keys:
+    """A cache in 16 or 32 bits as the kernels take it."""
+    if isinstance(cache, LatentCache):
+        block, slot, _ = cache.data.stride()
+        strides = (block, 0, slot)
+        return Keys(cache.data, cache.data, strides, strides, 1, cache.block_size, "latent", cache.rank)
+    (k_block, k_head, k_slot, _), (v_block, v_head, v_slot, _) = cache.k.stride(), cache.v.stride()
+    strides = (k_block, k_head, k_slot)
+    return Keys(cache.k, cache.v, strides, (v_block, v_head, v_slot), cache.k.shape[1], cache.block_size)
+
+
+def write_decoding(out: Tensor, q: Tensor, cache: KVCache | LatentCache, batch: Batch, scores: Scores) -> None:
+    """The rows of `out` that belong to sequences with one new token, made by the kernel for them; the others are left
+    as they are. out: [num_tokens, num_heads, head_dim or rank], dense.
+    """
+    if batch.max_seqlen_q == 1 or batch.num_seqs > 1:
+        _decode(dense_rows(q), keys_of(cache), out, batch, scores)
+
+
 def paged_attention(
     q: Tensor,
     cache: KVCache,
@@ -396,11 +415,7 @@ def paged_attention(
     A token's bits do not depend on the batch around it, nor on where its prompt was cut; but the one token of a
     decoding sequence is summed in another order than it would be as the last one of a longer piece of prompt.
     """
-    (k_block, k_head, k_slot, _), (v_block, v_head, v_slot, _) = cache.k.stride(), cache.v.stride()
-    keys = Keys(
-        cache.k, cache.v, (k_block, k_head, k_slot), (v_block, v_head, v_slot), cache.k.shape[1], cache.block_size
-    )
-    return _attend(q, keys, batch, Scores(softmax_scale, window_size, softcap, sinks))
+    return _attend(q, keys_of(cache), batch, Scores(softmax_scale, window_size, softcap, sinks))
 
 
 def quantized_attention(
@@ -425,11 +440,7 @@ def latent_attention(q: Tensor, cache: LatentCache, batch: Batch, softmax_scale:
     """As the reference; a tile of latents is read once, and is key and value of all heads. Of bits, what
     paged_attention says holds.
     """
-    block, slot, _ = cache.data.stride()
-    keys = Keys(
-        cache.data, cache.data, (block, 0, slot), (block, 0, slot), 1, cache.block_size, "latent", cache.rank
-    )  # fmt: skip
-    return _attend(q, keys, batch, Scores(softmax_scale))
+    return _attend(q, keys_of(cache), batch, Scores(softmax_scale))
 
 
 def encoder_attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, softmax_scale: float) -> Tensor:

@@ -6,15 +6,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engines.api import GPUConfig
+from engines.api import GPUConfig, bounded
 from engines.capability import ANYTHING, DENSE_ONLY, YES, Allowed, Offer, one_of
-from engines.discover import names
+from engines.discover import modules, names
 from engines.platform import Host, accelerator_blockers
 
 
 @dataclass(frozen=True)
 class Config(GPUConfig):
-    """Settings of the Triton engine: those that all engines for accelerators share."""
+    """Settings of the Triton engine: those that all engines for accelerators share, and its own."""
+
+    attention: str = bounded("auto", choices=("auto", "own", *names("engines.triton.libraries")))
+    """Whose kernels compute the attention of prompts: auto: the first installed library that has the case, else the
+    engine's own; own: the engine's, whatever is installed; a library: that one, or the engine refuses the job."""
 
 
 MINIMUM = (7, 0)
@@ -48,10 +52,12 @@ OPS: dict[str, dict[str, Allowed]] = {
     "layer_norm": {"dtype": DTYPES},
     "rope": {**HEADS, "kind": ANYTHING, "rotary_dim": Allowed(ge=2, le=256, multiple_of=2)},
     "write_kv": HEADS,
+    "rope_write_kv": {**HEADS, "rotary_dim": Allowed(ge=2, le=256, multiple_of=2), "kv_dtype": KV_DTYPES},
     "paged_attention": ATTENTION,
     "write_quantized_kv": {**HEADS, "kv_dtype": KV_DTYPES},
     "quantized_attention": {**ATTENTION, "kv_dtype": KV_DTYPES},
     "write_latent": LATENT,
+    "rope_write_latent": LATENT,
     "latent_attention": LATENT,
     "head_linear": {"dtype": DTYPES},
     "route": {"scoring": ANYTHING},
@@ -90,3 +96,8 @@ def offers(host: Host) -> Offer:
         since={"bfloat16": (8, 0), "w8a8": (8, 0)},
         stored_only={"fp8": (8, 9)},
     )
+
+
+def library_offers(host: Host) -> dict[str, Offer]:
+    """What libraries do of the engine's ops for prompts, by name, in the order in which they are asked."""
+    return {name: module.offers(host) for name, module in modules("engines.triton.libraries").items()}

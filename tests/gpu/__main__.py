@@ -23,6 +23,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from engines.discover import names
 from engines.gpu_ledger import FILE as LEDGER
 from engines.platform import installed_extensions
 
@@ -135,13 +136,13 @@ OPS = {
 
 
 def entry(backend: str, name: str, found: dict[str, Any], worst: dict[str, float]) -> dict[str, Any]:
-    """largest_error: of all cases of the kernel's op, in every dtype."""
+    """largest_error: of all cases of the op, in every dtype; None for a library, which has no cases."""
     own = [FOLDERS[backend] / file for file in found.pop("own")] or sorted(FOLDERS[backend].glob("*.*"))
     core = sorted(file for pattern in found.pop("core") for file in (ROOT / "engines").glob(pattern))
-    first = name.split()[0]
+    first, theirs = name.split()[0], name.rpartition(", ")[2] in names("engines.triton.libraries")
     return {
         **found,
-        "largest_error": worst.get(OPS.get(first, first)),
+        "largest_error": None if theirs else worst.get(OPS.get(first, first)),
         "sources": hashlib.sha256(b"".join(file.read_bytes() for file in [*own, *core])).hexdigest()[:16],
     }
 

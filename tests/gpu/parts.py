@@ -67,15 +67,19 @@ def kernels(asked: Asked) -> Result:
     from tests.gpu import timing
 
     ops, place, limits, result = _ready(asked)
-    chosen = [
-        k for k in importlib.import_module(f"tests.engines.{asked.backend}.kernels").KERNELS if asked.only in k.name
-    ]
+    works = importlib.import_module(f"tests.engines.{asked.backend}.kernels")
+    libraries = works.by_libraries() if asked.backend == "triton" else []
+    chosen = [k for k in (*works.KERNELS, *libraries) if asked.only in k.name]
     for number, kernel in enumerate(chosen):
         if time.time() > asked.deadline:
             result.failed = True
             result.lines.append(f"  {len(chosen) - number} kernels left out: no time")
             break
-        _add(result, timing.time_kernel(kernel, ops, place, limits))
+        try:
+            _add(result, timing.time_kernel(kernel, ops, place, limits))
+        except Exception as error:
+            result.failed = True
+            result.lines.append(f"  {kernel.name}: {type(error).__name__}: {str(error)[:500]}")
     return result
 
 

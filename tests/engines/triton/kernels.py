@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -10,10 +11,12 @@ import torch
 from torch import Tensor
 
 from engines.batch import Batch
+from engines.discover import modules
 from engines.ops import OpSet
 from engines.ops.kv_cache import KVDtype, LatentCache
 from engines.ops.moe import Projection
 from engines.ops.quantized import Float8Weight, GroupedIntWeight, Weight
+from engines.platform import installed_packages
 from tests.engines.cuda import kernels as cuda
 from tests.engines.cuda.kernels import BF16, Kernel, Work
 
@@ -164,6 +167,41 @@ def _turn_and_write(ops: OpSet, device: torch.device, small: bool) -> Work:
     return Work(lambda: ops.rope_write_kv(q, k, v, positions, angles, cache, slots), moved)
 
 
+def _turn_and_write_latents(ops: OpSet, device: torch.device, small: bool) -> Work:
+    """As DeepSeek V3 has it: 128 of 192 numbers of a query's head are not touched."""
+    tokens, heads, rank, rope_dim = 3 if small else 8192, 128, 512, 64
+    q = torch.randn(tokens, heads, 192, dtype=BF16, device=device)[..., 128:]
+    latent = torch.randn(tokens, 1536 + rank + rope_dim, dtype=BF16, device=device)[:, 1536:]
+    cache = ops.allocate_latent_cache(tokens // 64 + 1, 64, rank, rope_dim, BF16, device)
+    slots, positions = torch.randperm(tokens, device=device), torch.arange(tokens, device=device)
+    angles, weight = torch.rand(8192, rope_dim, device=device).to(BF16), torch.rand(rank, device=device).to(BF16)
+    moved = 2 * 2 * (q.numel() + latent.numel())
+    return Work(lambda: ops.rope_write_latent(q, latent, weight, 1e-6, positions, angles, cache, slots), moved)
+
+
+def _by(library: str, kernel: Kernel) -> Kernel:
+    """The work of a kernel for prompts by a library, if it gives what the engine's own gives."""
+
+    def make(ops: OpSet, device: torch.device, small: bool) -> Work:
+        torch.manual_seed(0)
+        expected = kernel.make(ops, device, small).call()
+        theirs = type(ops)()
+        importlib.import_module(f"engines.triton.libraries.{library}").attach(theirs, ["paged_attention"])
+        torch.manual_seed(0)
+        work = kernel.make(theirs, device, small)
+        torch.testing.assert_close(work.call(), expected, rtol=2e-2, atol=2e-2)
+        return work
+
+    return replace(kernel, name=f"{kernel.name}, {library}", sources=(f"libraries/{library}.py",), make=make, bar=0.0)
+
+
+def by_libraries() -> list[Kernel]:
+    """Prompts by each library that is installed: no bars, as they are others' work."""
+    found = modules("engines.triton.libraries")
+    here = [name for name, library in found.items() if next(iter(library.PACKAGES)) in installed_packages()]
+    return [_by(name, kernel) for name in here for kernel in KERNELS if kernel.name.startswith("prefill")]
+
+
 KERNELS = (
     *(
         replace(kernel, sources=SOURCES[kernel.name.split()[0]])
@@ -186,4 +224,5 @@ KERNELS = (
     Kernel("lora 64 tokens, 16 adapters of rank 16", SOURCES["lora"], _adapters(64, 16, 16), 0.1),
     Kernel("lora 8192 tokens, 4 adapters of rank 64", SOURCES["lora"], _adapters(8192, 4, 64), 0.3),
     Kernel("rope_write_kv 8192 x 48 heads", SOURCES["write_kv"], _turn_and_write, 0.7),
+    Kernel("rope_write_latent 8192 x 128 heads", SOURCES["write_kv"], _turn_and_write_latents, 0.6),
 )
