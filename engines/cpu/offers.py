@@ -69,7 +69,7 @@ OPS: dict[str, dict[str, Allowed]] = {
 COMPILED = frozenset(
     {
         *("paged_attention", "quantized_attention", "encoder_attention"),
-        *("rope", "write_kv", "write_quantized_kv"),
+        *("rope", "write_kv", "write_quantized_kv", "rope_write_kv"),
         *("rms_norm", "add_rms_norm", "layer_norm", "act", "act_and_mul", "log_softmax_gather"),
     }
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from types import MethodType
 
 from torch import Tensor
 
@@ -35,7 +35,7 @@ class OpSet(ops.OpSet):
             self.allocate_kv_cache = compiled.allocate_kv_cache
             self.rms_norm, self.add_rms_norm = compiled.rms_norm, compiled.add_rms_norm
             self.rope, self.write_kv = compiled.rope, compiled.write_kv
-            self.rope_write_kv = partial(compiled.rope_write_kv, self)
+            self.rope_write_kv = MethodType(compiled.rope_write_kv, self)
             self.quantized_attention = compiled.quantized_attention
             self.write_quantized_kv = compiled.write_quantized_kv
             self.layer_norm, self.encoder_attention = compiled.layer_norm, compiled.encoder_attention
