@@ -10,10 +10,15 @@ from typing import Any
 
 import pytest
 
-from engines.api import EngineSettings, Outcome, Request, SamplingParams
+from engines.api import EngineSettings, Outcome, Request, Role, SamplingParams
 from engines.core.engine import LLMEngine
+from engines.parallel.group import ALONE
+from engines.parallel.leader import KVLink
+from tests.engines.core.test_engine import generate, prompts
+from tests.engines.core.tiny import Late, TinyModel, make_engine
 from tests.parallel import cases
 
+ROLES: tuple[Role, Role] = ("prefill", "decode")
 KINDS = ("dense", "gqa", "moe", "mla")
 
 
@@ -219,3 +224,18 @@ def test_what_draws_nothing_is_not_handed_over(folders: dict[str, Path]) -> None
     with pair(made) as both:
         found = both.finish(work)
         assert not both.handed and all(outcome.values for outcome in found.values())
+
+
+def test_engines_whose_steps_overlap() -> None:
+    """No step is launched for a sequence whose first token, its last one there, is not read yet."""
+    model = TinyModel()
+    engines = [make_engine(model, device=Late(), max_num_batched_tokens=16) for _ in range(2)]
+    for engine, role in zip(engines, ROLES, strict=True):
+        engine.take_role(role, KVLink(ALONE, engine.runner.caches))
+    work = [generate(i, prompt, n=10) for i, prompt in enumerate(prompts(12))]
+    found = Pair(*engines).finish(work)
+    assert {i: o.token_ids for i, o in found.items()} == {i: model.greedy(r.token_ids, 10) for i, r in enumerate(work)}
+    cached = sum(outcome.num_cached_tokens for outcome in found.values())
+    assert engines[0].stats().num_prompt_tokens + cached == sum(len(request.token_ids) for request in work)
+    for engine in reversed(engines):
+        engine.close()
