@@ -60,6 +60,7 @@ def load_engine(
                 settings.pooling,
                 settings.normalize,
                 watch,
+                group.place.num_copies,
             )
 
         engine = _with_cache(make, fit.num_blocks, device, group)

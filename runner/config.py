@@ -301,7 +301,7 @@ def task_modules() -> dict[str, Any]:
 
 def combinations(job: JobConfig, kind: str | None) -> list[str]:
     """What is wrong with values that are each sound, a line for each finding. kind: what the task asks of an engine."""
-    return [*_model_findings(job), *_sampling_findings(job, kind), *_output_findings(job), *_run_findings(job)]
+    return [*_model_findings(job), *_sampling_findings(job, kind), *_output_findings(job), *_run_findings(job, kind)]
 
 
 def _model_findings(job: JobConfig) -> Iterator[str]:
@@ -356,7 +356,7 @@ def _output_findings(job: JobConfig) -> Iterator[str]:
         yield f"output.compression_level: {level} with compression {compression}; expected {expected}; correct it"
 
 
-def _run_findings(job: JobConfig) -> Iterator[str]:
+def _run_findings(job: JobConfig, kind: str | None) -> Iterator[str]:
     if mask(job.name) != job.name:
         yield "name: holds a credential; expected a name that anybody may see, as it is the output folder's; change it"
     if job.retry_errors and job.mode != "run":
@@ -369,16 +369,17 @@ def _run_findings(job: JobConfig) -> Iterator[str]:
             "0); correct it"
         )
     yield from parallel.findings(job.parallelism.tp, job.parallelism.dp, job.parallelism.ep, job.parallelism.prefill)
-    if job.parallelism.launch != "spawn" and job.parallelism.dp > 1:
+    if job.parallelism.prefill and kind not in (None, "generate"):
         yield (
-            f"parallelism.launch: {job.parallelism.launch} with dp={job.parallelism.dp}; expected one copy of the "
-            "model for the processes that were started; set dp=1, and share the rows between jobs with shard.count or "
-            "shard.sharing"
+            f"parallelism.prefill: {job.parallelism.prefill} with task {job.task.name}, whose rows end with their "
+            "prompts; expected 0, as there is nothing to hand over; remove it"
         )
-    if job.parallelism.ep > job.parallelism.tp and job.mode != "plan":
+    engines = parallel.layout_of(job).num_engines
+    if job.parallelism.launch != "spawn" and engines > 1:
         yield (
-            f"parallelism.ep: {job.parallelism.ep} with tp={job.parallelism.tp}: copies of the model that share "
-            "experts are not available yet; expected at most tp; lower it, or set mode=plan to see what would run"
+            f"parallelism.launch: {job.parallelism.launch} with dp={job.parallelism.dp}: {engines} engines; expected "
+            "one for the processes that were started; set dp=1, and share the rows between jobs with shard.count or "
+            "shard.sharing"
         )
 
 

@@ -92,7 +92,12 @@ class Layout:
 def findings(tp: int, dp: int, ep: int, prefill: int = 0) -> Iterator[str]:
     """Why sizes do not go together, with the arithmetic."""
     engines = Layout(tp, dp, ep).num_engines
-    if prefill and prefill >= engines:
+    if prefill and ep > tp:
+        yield (
+            f"parallelism.prefill: {prefill} with ep={ep}: {ep} / {tp} = {ep // tp} copies share experts and compute "
+            "each step together; expected prefill=0, or ep at most tp; lower one of them"
+        )
+    elif prefill and prefill >= engines:
         yield (
             f"parallelism.prefill: {prefill}; expected less than the engines that there are, tp * dp / max(tp, ep) = "
             f"{tp} * {dp} / {max(tp, ep)} = {engines}, as one at least must go on with what prefill ones hand over; "

@@ -171,11 +171,6 @@ def resolve(job: JobConfig, checkpoint: Checkpoint, host: Host, kind: Kind, thro
     spec, notes = _model(job, checkpoint, kind, through_transformers)
     _check_task(job, checkpoint, spec, kind)
     _check_quantization(job, checkpoint)
-    if job.parallelism.prefill and kind != "generate":
-        raise ConfigError(
-            f"parallelism.prefill: {job.parallelism.prefill} with task {job.task.name}, whose rows end with their "
-            "prompts; expected 0, as there is nothing to hand over; remove it"
-        )
     pooling, normalize, pooling_notes = _pooling(job, checkpoint, spec, kind)
     length, length_notes = _max_model_len(job, checkpoint, spec, kind)
     wanted = _only_one("dtype", job.model.dtype, job.backend_config.dtype, "auto")

@@ -70,6 +70,7 @@ DEVICE_EVIDENCE = {
         for name in discover.names("engines.triton.libraries")
     },
     "Several GPUs (tp, dp, ep)": (SIMULATED, "several processes on a processor, over gloo: tests/parallel; never NCCL"),
+    "Roles (prefill, decode)": (SIMULATED, "several processes on a processor, over gloo: tests/parallel; no GPU"),
     "Several nodes (srun, torchrun)": (SIMULATED, "two processes on one machine: tests/parallel/test_world.py"),
     "Python 3.11, torch 2.13, transformers 5.23": (TESTED, "all tests run with them"),
     "Python 3.10, 3.12, 3.13": (UNTESTED, "constraints.txt resolves for them; nothing was run"),

@@ -109,7 +109,8 @@ class Worker:
     def room(self) -> int:
         """Requests that it takes besides others: enough that its engine has some waiting, the rest for whoever is
         first."""
-        return IN_FLIGHT * self._settings.config.max_num_seqs - len(self.in_flight)
+        copies = max(1, self._settings.ep // self._settings.tp)
+        return IN_FLIGHT * copies * self._settings.config.max_num_seqs - len(self.in_flight)
 
     @property
     def stats(self) -> EngineStats:

@@ -28,6 +28,7 @@ from engines.api import (
     UnsupportedModelError,
 )
 from engines.core.block_manager import BlockManager
+from engines.core.copies import CopyScheduler
 from engines.core.device import Device, out_of_memory
 from engines.core.flight import Flight
 from engines.core.model_runner import ModelRunner
@@ -66,10 +67,12 @@ class LLMEngine:
         pooling: str | None = None,
         normalize: bool = False,
         watch: Watch = lambda request_ids: None,
+        num_copies: int = 1,
     ) -> None:
         """
         Args:
-            num_blocks: Size of the KV cache; not used by models without one.
+            num_blocks: Size of the KV cache of each copy; not used by models without one.
+            num_copies: Copies of the model that compute each step together; of several, `model` is a LeaderModel.
             watch: Called with the requests that are computed next, before they are: what whoever supervises this
                 process wants to know when it dies of them.
         """
@@ -84,18 +87,23 @@ class LLMEngine:
         )
         # A system's memory comes page by page when it is first used, a device's was given as a whole.
         spare = num_blocks // SPARE_SHARE if device.place.type == "cpu" else None
-        self.blocks = BlockManager(num_blocks, spare) if self.runner.paged else None
-        self.scheduler = Scheduler(
-            self.blocks,
-            config.block_size,
-            config.max_num_seqs,
-            config.max_num_batched_tokens,
-            self.max_model_len,
-            config.prefix_caching,
-            chunked=model.num_cache_layers > 0 or not model.paged,
-            context_key=model.context_key,
-            overlaps=self.overlaps,
-        )
+        schedulers = [
+            Scheduler(
+                BlockManager(num_blocks, spare) if self.runner.paged else None,
+                config.block_size,
+                config.max_num_seqs,
+                config.max_num_batched_tokens,
+                self.max_model_len,
+                config.prefix_caching,
+                chunked=model.num_cache_layers > 0 or not model.paged,
+                context_key=model.context_key,
+                overlaps=self.overlaps,
+            )
+            for _ in range(num_copies)
+        ]
+        self.blocks = schedulers[0].blocks
+        """Of one copy of the model."""
+        self.scheduler: Scheduler | CopyScheduler = schedulers[0] if num_copies == 1 else CopyScheduler(schedulers)
         self.sampler = Sampler(ops, eos_token_ids, detokenize, device)
         self.pooler = Pooler(model, ops, pooling, normalize)
         self.device = device
@@ -434,8 +442,8 @@ class LLMEngine:
         return EngineStats(
             num_waiting=len(self.scheduler.waiting),
             num_running=len(self.scheduler.running),
-            num_free_blocks=self.blocks.num_free if self.blocks else 0,
-            num_blocks=self.blocks.num_blocks if self.blocks else 0,
+            num_free_blocks=self.scheduler.num_free_blocks,
+            num_blocks=self.scheduler.num_blocks,
             num_steps=self._num_steps,
             num_preemptions=self.scheduler.num_preemptions,
             num_prompt_tokens=self._num_prompt,

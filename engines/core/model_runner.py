@@ -17,6 +17,7 @@ from engines.core.sequence import UNREAD
 from engines.models.base import Cache, Model
 from engines.ops import OpSet
 from engines.ops.kv_cache import KVDtype
+from engines.parallel.leader import LeaderModel
 
 MIN_GROUP_SEQS = 4
 MIN_GROUP_BLOCKS = 2
@@ -87,18 +88,32 @@ class ModelRunner:
         self,
         step: Many[Scheduled],
         outputs: list[int] | None,
-        block_tables: np.ndarray,
+        block_tables: np.ndarray | list[np.ndarray],
         unread: Tensor | None = None,
     ) -> Tensor:
         """Hidden states of the tokens whose index in the batch is in `outputs` (None: all): [num_outputs, hidden].
 
-        unread: the tokens that the step in flight draws, for sequences whose last token is one of them.
+        block_tables: of several copies, each one's; `step` and `outputs` are then in the order of copies. unread: the
+        tokens that the step in flight draws, for sequences whose last token is one of them.
         """
-        return self.model.forward(self.batch(step, outputs, block_tables, unread), self.caches)
+        if isinstance(block_tables, np.ndarray):
+            return self.model.forward(self.batch(step, outputs, block_tables, unread), self.caches)
+        batches: list[Batch | None] = []
+        first = 0
+        for copy, tables in enumerate(block_tables):
+            part = [s for s in step if s.seq.copy == copy]
+            end = first + sum(s.num_new_tokens for s in part)
+            wanted = None if outputs is None else [index - first for index in outputs if first <= index < end]
+            batches.append(self.batch(part, wanted, tables, unread) if part else None)
+            first = end
+        assert isinstance(self.model, LeaderModel)
+        return self.model.forward_copies(batches, self.caches)
 
-    def decode(self, step: Many[Scheduled], block_tables: np.ndarray, unread: Tensor | None) -> Tensor | None:
+    def decode(
+        self, step: Many[Scheduled], block_tables: np.ndarray | list[np.ndarray], unread: Tensor | None
+    ) -> Tensor | None:
         """The logits of a step that only draws tokens, by a captured graph; None where there is none for it."""
-        if self.graphs is None or not is_decode(step):
+        if self.graphs is None or not is_decode(step) or not isinstance(block_tables, np.ndarray):
             return None
         return self.graphs.replay(step, block_tables, unread)
 

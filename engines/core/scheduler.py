@@ -106,6 +106,14 @@ class Scheduler:
         self._awaited: dict[int, list[int]] = {}
         """By id of a waiting sequence: digests of the blocks that it may reuse."""
 
+    @property
+    def num_blocks(self) -> int:
+        return self.blocks.num_blocks if self.blocks else 0
+
+    @property
+    def num_free_blocks(self) -> int:
+        return self.blocks.num_free if self.blocks else 0
+
     def add(self, seqs: Iterable[Sequence]) -> None:
         ordered = self._ordered(list(seqs))
         for seq in ordered:

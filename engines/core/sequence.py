@@ -40,6 +40,8 @@ class Sequence:
     """Place of the request's adapter among the model's; -1: none."""
     unread_row: int = -1
     """Where the last of token_ids is UNREAD: its row among the tokens of the step in flight; else -1."""
+    copy: int = 0
+    """The copy of the model that computes it, among those of the engine."""
     slot: int = -1
     """Row of the scheduler's block table while running."""
     num_blocks: int = 0

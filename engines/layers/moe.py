@@ -44,13 +44,21 @@ class MixtureOfExperts:
     def forward(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
         """x: [num_tokens, hidden_size]; returns the same shape. adapter_ids: as Batch has them, for the tokens in x;
         only the shared expert takes adapters."""
+        if self.group.place.num_copies > 1:
+            everyone, own = self.group.join_copies(x)
+            out = self.group.sum_all(self._of_experts(everyone))[own]
+            # Of a copy without tokens no rank gets here with any: they leave together.
+            return (
+                out if self.shared_expert is None or not len(x) else out + self.group.sum(self._shared(x, adapter_ids))
+            )
         out = self._of_experts(x)
-        if self.shared_expert is None:
-            return self.group.sum(out)
+        return self.group.sum(out if self.shared_expert is None else out + self._shared(x, adapter_ids))
+
+    def _shared(self, x: Tensor, adapter_ids: Tensor | None) -> Tensor:
+        """What this rank has of the shared expert's output."""
+        assert self.shared_expert is not None
         shared = self.shared_expert.summand(x, adapter_ids)
-        if self.shared_gate is not None:
-            shared = torch.sigmoid(self.shared_gate.forward(x)) * shared
-        return self.group.sum(out + shared)
+        return shared if self.shared_gate is None else torch.sigmoid(self.shared_gate.forward(x)) * shared
 
     def _of_experts(self, x: Tensor) -> Tensor:
         """What the experts that are held here add."""

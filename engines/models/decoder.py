@@ -120,6 +120,14 @@ class Decoder:
         assert residual is not None
         return self.norm.add(x, residual)[0]
 
+    def assist(self) -> Tensor:
+        """As `forward` without tokens, [0, hidden_size]: what a step of other copies asks of the experts here."""
+        nothing = self.embed_tokens.weight.new_empty(0, self.hidden_size)
+        for layer in self.layers:
+            if isinstance(layer.mlp, MixtureOfExperts):
+                layer.mlp.forward(nothing)
+        return nothing
+
     def logits(self, hidden: Tensor) -> Tensor:
         assert self.head is not None, "built without a language-model head"
         logits = self.group.join_columns(self.head.forward(hidden), self.vocab_size)

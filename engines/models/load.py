@@ -105,8 +105,6 @@ def _check_place(settings: EngineSettings, spec: ModelSpec | None, checkpoint: C
     """Raises UnsupportedModelError, on the first rank, for a model that cannot be spread over that many."""
     said = quantization_attributes(checkpoint.quantization)
     found = in_the_way(spec, settings.tp, settings.ep, said)
-    if settings.ep > settings.tp:
-        found.append(f"parallelism.ep: {settings.ep} with tp={settings.tp}; expected at most tp; lower it")
     if found and group.place.rank == 0:
         raise UnsupportedModelError("\n".join(found))
 

@@ -19,7 +19,7 @@ from engines.ops import OpSet
 from engines.ops.kv_cache import KVDtype
 from engines.parallel.group import Group
 from engines.parallel.handover import BlockReader, BlockServer
-from engines.parallel.leader import Command, batch_of, payload_sizes
+from engines.parallel.leader import Command, batch_of, payload_sizes, read_plan, step_of_copies
 from engines.parallel.place import Place
 from engines.weights import DTYPES
 
@@ -68,17 +68,26 @@ class Follower:
         if command == Command.ALLOCATE:
             self._group.least(int(self._allocate(numbers[0])))
         elif command == Command.FORWARD:
-            payload = torch.empty(sum(payload_sizes(numbers)), dtype=torch.int64, device=self._device)
-            self._model.forward(batch_of(numbers, self._group.share(payload)), self._caches)
+            self._forward(read_plan(numbers))
         elif command == Command.LOGITS:
+            if self._group.place.copy:
+                return
             rows = torch.empty(numbers[0], self._model.hidden_size, dtype=self._dtype, device=self._device)
-            self._model.logits(self._group.share(rows))
+            self._model.logits(self._group.share_in_copy(rows))
         elif command == Command.SERVE:
             self._server = BlockServer(numbers[0], numbers[1], self._group.place.rank, self._caches)
         elif command == Command.READ:
             port, key, *blocks = numbers
             middle = len(blocks) // 2
             self._group.least(int(self._reader.read(port, key, blocks[:middle], blocks[middle:])))
+
+    def _forward(self, plan: list[list[int]]) -> None:
+        sizes = [sum(payload_sizes(numbers)) if numbers else 0 for numbers in plan]
+        payload = self._group.share(torch.empty(sum(sizes), dtype=torch.int64, device=self._device))
+        copy = self._group.place.copy
+        own = payload.split(sizes)[copy]
+        batch = batch_of(plan[copy], own) if plan[copy] else None
+        step_of_copies(self._model, batch, self._caches, plan, self._group)
 
     def _allocate(self, count: int) -> bool:
         """Whether there was memory for the caches."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from engines.api import HeldKV
 from engines.batch import Batch, PrefixGroup
 from engines.models.base import Cache, Model
+from engines.models.decoder import Decoder
 from engines.parallel.group import Group, GroupError
 from engines.parallel.handover import BlockReader, BlockServer, open_store
 
@@ -22,9 +23,9 @@ class Command(IntEnum):
     ALLOCATE = 0
     """number of blocks: make the caches, and say with Group.least whether there was memory for them."""
     FORWARD = 1
-    """`numbers_of` a batch; then the batch's own numbers with Group.share."""
+    """`plan_of` the copies' batches; then their own numbers with Group.share."""
     LOGITS = 2
-    """number of rows; then the hidden states with Group.share."""
+    """number of rows; then, for the first copy, the hidden states with Group.share_in_copy."""
     LEAVE = 3
     """Nothing: the work is done."""
     SERVE = 4
@@ -49,16 +50,22 @@ class LeaderModel:
 
     def forward(self, batch: Batch, caches: list[Cache]) -> Tensor:
         """Raises GroupError, after which the ranks are out of step."""
+        return self.forward_copies([batch], caches)
+
+    def forward_copies(self, batches: Sequence[Batch | None], caches: list[Cache]) -> Tensor:
+        """One batch for each copy of the model, None for those that have nothing to do: the hidden states of all, one
+        copy after the other. Raises GroupError, after which the ranks are out of step."""
         with _together():
-            self._group.command([Command.FORWARD, *numbers_of(batch)])
-            self._group.share(payload_of(batch))
-            return self._model.forward(batch, caches)
+            plan = [numbers_of(batch) if batch is not None else [] for batch in batches]
+            self._group.command([Command.FORWARD, *spelled(plan)])
+            self._group.share(torch.cat([payload_of(batch) for batch in batches if batch is not None]))
+            return step_of_copies(self._model, batches[0], caches, plan, self._group)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Raises GroupError, after which the ranks are out of step."""
         with _together():
             self._group.command([Command.LOGITS, len(hidden)])
-            return self._model.logits(self._group.share(hidden.contiguous()))
+            return self._model.logits(self._group.share_in_copy(hidden.contiguous()))
 
     def classify(self, hidden: Tensor) -> Tensor:
         return self._model.classify(hidden)
@@ -110,6 +117,41 @@ def _together() -> Iterator[None]:
         yield
     except Exception as error:
         raise GroupError(f"{type(error).__name__}: {error}; in a step of several ranks") from error
+
+
+def step_of_copies(
+    model: Model, batch: Batch | None, caches: list[Cache], plan: Sequence[Sequence[int]], group: Group
+) -> Tensor:
+    """A rank's part of a step: the hidden states of all copies, on the first rank of each; elsewhere its own ones."""
+    if batch is not None:
+        hidden = model.forward(batch, caches)
+    else:
+        assert isinstance(model, Decoder)
+        hidden = model.assist()
+    if len(plan) == 1 or group.place.tp_rank:
+        return hidden
+    return group.join_copies(hidden, [num_outputs(numbers) for numbers in plan])[0]
+
+
+def spelled(plan: Sequence[Sequence[int]]) -> list[int]:
+    """Lists of numbers as one."""
+    return [number for numbers in plan for number in (len(numbers), *numbers)]
+
+
+def read_plan(numbers: Sequence[int]) -> list[list[int]]:
+    """The lists of which these are `spelled`."""
+    plan, at = [], 0
+    while at < len(numbers):
+        plan.append([*numbers[at + 1 : at + 1 + numbers[at]]])
+        at += 1 + numbers[at]
+    return plan
+
+
+def num_outputs(numbers: Sequence[int]) -> int:
+    """Hidden states that a batch gives, by its `numbers_of`; 0 for no batch."""
+    if not numbers:
+        return 0
+    return numbers[0] if numbers[5] < 0 else numbers[5]
 
 
 def numbers_of(batch: Batch) -> list[int]:

@@ -39,6 +39,20 @@ class Place:
         return self.rank // self.tp
 
     @property
+    def ranks(self) -> range:
+        return range(self.size)
+
+    @property
+    def copy_ranks(self) -> range:
+        """Those that hold this copy."""
+        return range(self.copy * self.tp, (self.copy + 1) * self.tp)
+
+    @property
+    def peers(self) -> range:
+        """Those that hold the same part of the other copies, and this one."""
+        return range(self.tp_rank, self.size, self.tp)
+
+    @property
     def ranks_per_expert(self) -> int:
         """Ranks that an expert's intermediate features are split over."""
         return self.size // self.ep

@@ -6,6 +6,7 @@
     python -m tests.bench runner [ROWS]                 rows/s through source, task, journal and sink
     python -m tests.bench attention                     decode attention over caches in 16, 8 and 4 bits
     python -m tests.bench sharing [ROWS] [--workers N]  what it costs many workers to share a job by leases
+    python -m tests.bench roles MODEL                   copies that do all of their rows, against prefill and decode
     python -m tests.bench start MODEL                   process start to first token
 
 A workload is a list of {"prompt": [token ids], "n": output tokens}. Figures of one run are comparable with each other
@@ -20,13 +21,14 @@ from engines.threads import limit_spinning
 
 limit_spinning()  # as the runner's own entry does, before torch is imported
 
-from tests.bench import attention, ceilings, compare, engine, runner, sharing, start  # noqa: E402
+from tests.bench import attention, ceilings, compare, engine, roles, runner, sharing, start  # noqa: E402
 
 COMMANDS = {
     "attention": attention,
     "ceilings": ceilings,
     "compare": compare,
     "engine": engine,
+    "roles": roles,
     "runner": runner,
     "sharing": sharing,
     "start": start,

@@ -93,7 +93,24 @@ class Threads:
 
     def __init__(self, count: int) -> None:
         self.laid: list[Tensor] = [torch.empty(0)] * count
-        self.barrier = threading.Barrier(count, timeout=60)
+        self._barriers: dict[range, threading.Barrier] = {}
+        self._lock = threading.Lock()
+        self._aborted = False
+
+    def wait(self, ranks: range) -> None:
+        """For all of these to come here."""
+        with self._lock:
+            barrier = self._barriers.setdefault(ranks, threading.Barrier(len(ranks), timeout=60))
+            if self._aborted:
+                barrier.abort()
+        barrier.wait()
+
+    def abort(self) -> None:
+        """Nobody waits any more."""
+        with self._lock:
+            self._aborted = True
+            for barrier in self._barriers.values():
+                barrier.abort()
 
 
 class ThreadGroup(Group):
@@ -103,18 +120,18 @@ class ThreadGroup(Group):
         super().__init__(place, invariant)
         self._threads = threads
 
-    def _gathered(self, x: Tensor) -> list[Tensor]:
+    def _gathered(self, x: Tensor, ranks: range) -> list[Tensor]:
         self._threads.laid[self.place.rank] = x
-        self._threads.barrier.wait()
-        parts = [part.clone() for part in self._threads.laid]
-        self._threads.barrier.wait()
+        self._threads.wait(ranks)
+        parts = [self._threads.laid[rank].clone() for rank in ranks]
+        self._threads.wait(ranks)
         return parts
 
-    def _reduced(self, x: Tensor) -> Tensor:
-        return torch.stack(self._gathered(x)).sum(0)
+    def _reduced(self, x: Tensor, ranks: range) -> Tensor:
+        return torch.stack(self._gathered(x, ranks)).sum(0)
 
-    def _broadcast(self, x: Tensor, patient: bool = False) -> None:
-        x.copy_(self._gathered(x)[0])
+    def _broadcast(self, x: Tensor, ranks: range, patient: bool = False) -> None:
+        x.copy_(self._gathered(x, ranks)[0])
 
 
 @contextmanager
@@ -133,7 +150,7 @@ def threaded(made: EngineSettings) -> Iterator[LLMEngine]:
         except threading.BrokenBarrierError:
             pass  # another rank has said why
         except BaseException:
-            threads.barrier.abort()
+            threads.abort()
             raise
 
     if size > 1:
@@ -146,7 +163,7 @@ def threaded(made: EngineSettings) -> Iterator[LLMEngine]:
         yield engine
         engine.close()
     except BaseException:
-        threads.barrier.abort()
+        threads.abort()
         raise
     finally:
         for follower in followers:

@@ -48,7 +48,12 @@ def log_of(folder: Path, name: str = "job") -> str:
 
 @pytest.mark.parametrize(
     ("tp", "dp", "ep"),
-    [(2, 1, 2), pytest.param(2, 2, 1, marks=pytest.mark.slow), pytest.param(4, 1, 1, marks=pytest.mark.slow)],
+    [
+        (2, 1, 2),
+        pytest.param(2, 2, 1, marks=pytest.mark.slow),
+        pytest.param(4, 1, 1, marks=pytest.mark.slow),
+        pytest.param(2, 2, 4, marks=pytest.mark.slow),
+    ],
 )
 def test_the_output_is_that_of_one_process(tp: int, dp: int, ep: int, model: Path, tmp_path: Path) -> None:
     one = run(plan_of(tmp_path, model, name="one"))

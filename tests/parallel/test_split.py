@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from engines import costs, discover
 from engines.api import EngineSettings, Request, UnsupportedModelError
+from engines.core.engine import LLMEngine
 from engines.layers.rotary import RotaryEmbedding
 from engines.models.load import load_model
 from engines.ops import OpSet
@@ -37,6 +39,10 @@ CASES = [
     ("stacked", 4, 4),
     ("mla", 2, 1),
     ("mla", 4, 2),
+    ("moe", 2, 4),  # two copies of two ranks, with the experts over all four
+    ("moe", 1, 4),
+    ("stacked", 1, 2),
+    ("mla", 2, 4),
 ]
 
 
@@ -53,6 +59,24 @@ def alone(folders: dict[str, Path]) -> dict[str, cases.Result]:
 @pytest.mark.parametrize(("kind", "tp", "ep"), CASES)
 def test_same_tokens(kind: str, tp: int, ep: int, folders: dict[str, Path], alone: dict[str, cases.Result]) -> None:
     cases.same(cases.in_threads(cases.settings(folders[kind], tp, ep), cases.requests()), alone[kind])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["moe", "mla"])
+def test_same_tokens_of_copies_that_share_experts(
+    kind: str, folders: dict[str, Path], alone: dict[str, cases.Result]
+) -> None:
+    """As above, ranks being processes that talk over gloo: tp=2, dp=2, ep=4."""
+    cases.same(cases.in_processes(cases.settings(folders[kind], 2, 4), cases.requests()), alone[kind])
+
+
+def test_a_copy_without_rows_computes_for_the_others(folders: dict[str, Path], alone: dict[str, cases.Result]) -> None:
+    """And so does one whose rows have all ended."""
+    with cases.threaded(cases.settings(folders["moe"], 1, 4)) as engine:
+        first = cases.finish(engine, cases.requests()[:1])
+        assert [seq.copy for seq in engine.scheduler.running] == []
+        rest = cases.finish(engine, cases.requests()[1:])
+    cases.same(first + rest, alone["moe"])
 
 
 def test_the_checkpoints_tell_ranks_apart(alone: dict[str, cases.Result]) -> None:
@@ -73,6 +97,30 @@ def test_adapters(kind: str, folders: dict[str, Path], tmp_path: Path) -> None:
     ]
     cases.same(found[1], found[0])
     assert found[0] != cases.in_threads(cases.settings(folders[kind]), cases.requests())
+
+
+def test_copies_with_adapters_scores_and_chunks(folders: dict[str, Path], tmp_path: Path) -> None:
+    """Shared experts with adapters; steps in which a copy's prompts are cut, so that it gives no hidden state."""
+    weights = load_file(folders["mla"] / "model.safetensors")
+    modules = [name.removesuffix(".weight") for name in weights if "shared_experts" in name]
+    write_adapter(tmp_path / "a", weights, modules, 4, seed=1)
+    work = cases.requests(("a", None))
+    found = []
+    for tp, ep in ((1, 1), (1, 2)):
+        made = cases.settings(folders["mla"], tp, ep, adapters={"a": str(tmp_path / "a")})
+        made = replace(made, config=replace(made.config, max_num_batched_tokens=7))
+        found.append(cases.in_threads(made, work))
+        with cases.threaded(made) as engine:
+            found[-1] += [([], scores) for scores in _all_scores(engine)]
+    cases.same(found[1], found[0])
+
+
+def _all_scores(engine: LLMEngine) -> list[list[float]]:
+    engine.submit([Request(i, "score", list(range(1 + i, 30 + 2 * i)), score_from=1) for i in range(3)])
+    values: dict[int, list[float]] = {}
+    while engine.num_unfinished:
+        values |= {outcome.request_id: list(outcome.values or ()) for outcome in engine.step()}
+    return [values[i] for i in range(3)]
 
 
 CUT = ("awq-64", "fp8-(32, 64)", "fp8-(128, 128)", "pack-quantized-4-group-asym", "float-quantized-8-block")
@@ -108,11 +156,6 @@ def _scores(made: EngineSettings) -> torch.Tensor:
         while not (outcomes := engine.step()):
             pass
     return torch.tensor(outcomes[0].values)
-
-
-def test_copies_that_share_experts_are_refused(folders: dict[str, Path]) -> None:
-    with pytest.raises(UnsupportedModelError, match=r"ep: 4 with tp=2; expected at most tp"):
-        cases.in_threads(cases.settings(folders["moe"], 2, 4), cases.requests())
 
 
 def test_no_unit_has_features_of_two_ranks() -> None:

@@ -65,8 +65,12 @@ def test_as_many_processes_as_devices(tmp_path: Path, monkeypatch: pytest.Monkey
     assert own_rank(job) == 1
 
 
-def test_two_processes_do_one_job(tmp_path: Path) -> None:
-    family, sizes = cases.SIZES["gqa"]
+@pytest.mark.parametrize(
+    ("kind", "sizes_of_two"),
+    [("gqa", ("tp=2",)), pytest.param("moe", ("dp=2", "ep=2"), marks=pytest.mark.slow)],  # the latter: copies
+)
+def test_two_processes_do_one_job(kind: str, sizes_of_two: tuple[str, ...], tmp_path: Path) -> None:
+    family, sizes = cases.SIZES[kind]
     make_checkpoint(discover.families()[family].tiny_config() | sizes | {"vocab_size": 256}, tmp_path / "model")
     write_tokenizer(tmp_path / "model")
     write_rows(tmp_path / "rows", [f"row {i}" for i in range(12)])
@@ -86,9 +90,9 @@ def test_two_processes_do_one_job(tmp_path: Path) -> None:
         ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_PORT": str(port)}
         environment = {**os.environ, **ranks, "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}
         environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        own = [*command, f"name={name}", f"parallelism.tp={size}"]
+        own = [*command, f"name={name}"]
         if size > 1:
-            own.append("parallelism.launch=torchrun")
+            own += ["parallelism.launch=torchrun", *(f"parallelism.{spread}" for spread in sizes_of_two)]
         return subprocess.Popen(own, cwd=tmp_path, env=environment, stdout=-1, stderr=-2, text=True)
 
     processes = [start("two", rank, 2) for rank in range(2)]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
+from pathlib import Path
 
 import pytest
 
 from engines.parallel.place import Place
+from runner.config import ParallelismConfig, combinations
 from runner.parallel import Layout, findings
+from tests.small_job import make_plan
 
 
 @pytest.mark.parametrize(
@@ -50,6 +53,27 @@ def test_roles() -> None:
     expected = r"parallelism.prefill: 3; expected less than .* tp \* dp / max\(tp, ep\) = 2 \* 3 / 2 = 3, as one"
     assert re.match(expected, "\n".join(findings(2, 3, 1, 3)))
     assert "1 of role prefill, which compute prompts" in layout.text(None) and "2 of role decode" in layout.text(None)
+
+
+@pytest.mark.parametrize(
+    ("parallelism", "message"),
+    [
+        (ParallelismConfig(dp=2, launch="srun"), "parallelism.launch: srun with dp=2: 2 engines; expected one for the"),
+        (ParallelismConfig(dp=4, ep=2, prefill=1), r"parallelism.prefill: 1 with ep=2: 2 / 1 = 2 copies share experts"),
+        (ParallelismConfig(dp=1, prefill=1), r"parallelism.prefill: 1; expected less than .* = 1 \* 1 / 1 = 1, as one"),
+        (ParallelismConfig(dp=2, ep=2, launch="srun"), None),
+        (ParallelismConfig(tp=2, dp=2, ep=4), None),
+        (ParallelismConfig(dp=2, prefill=1), None),
+    ],
+)
+def test_what_a_configuration_may_ask_for(parallelism: ParallelismConfig, message: str | None, tmp_path: Path) -> None:
+    job = make_plan(tmp_path, parallelism=parallelism).job
+    found = [finding for finding in combinations(job, "generate") if finding.startswith("parallelism")]
+    assert not found if message is None else re.match(message, found[0])
+    if job.parallelism.prefill:
+        assert "prefill: 1 with task generate, whose rows end with their prompts" in "\n".join(
+            combinations(job, "score")
+        )
 
 
 def test_what_each_of_four_devices_does() -> None:
