@@ -64,7 +64,7 @@ def load_engine(
             )
 
         engine = _with_cache(make, fit.num_blocks, device, group)
-        engine.notes[:0] = fit.notes
+        engine.notes[:0] = [*group.notes, *fit.notes]
         engine.take_role(settings.role, KVLink(group, engine.runner.caches))
         if settings.kind == "generate" and settings.role != "prefill":
             engine.capture(fit.graph_bytes)
@@ -92,12 +92,11 @@ class Fit:
 def fitted(settings: EngineSettings, model: Model, ops: OpSet, dtype: torch.dtype, device: Device, group: Group) -> Fit:
     """To be called on every rank of a group: the largest step is theirs together."""
     config, reserved, notes = _sized(settings, model, ops, dtype, device, group)
-    if isinstance(config, GPUConfig) and config.decode_graphs and group.place.size > 1:
-        # A replay is one rank's own: the others would not hear of the step.
-        config = replace(config, decode_graphs=False)
-        notes.append("decode steps are launched kernel by kernel: they are not captured over several ranks")
     captures = isinstance(config, GPUConfig) and config.decode_graphs
-    graphs = min(GRAPH_BYTES, device.free_bytes() // 20) if captures else 0
+    if captures and group.place.num_copies > 1:
+        captures = False
+        notes.append("decode steps are launched kernel by kernel: those of copies that share experts are not captured")
+    graphs = group.least(min(GRAPH_BYTES, device.free_bytes() // 20) if captures else 0)
     free = device.free_bytes() - reserved - graphs
     count = group.least(num_blocks(model, config, dtype, free, not device.overlaps))
     return Fit(config, count, graphs, notes)
@@ -145,9 +144,6 @@ def _sized(
 ) -> tuple[EngineConfig, int, list[str]]:
     """(the settings with a step that fits, the bytes that it takes, notes)."""
     config, notes = settings.config, list[str]()
-    if group.place.size > 1 and isinstance(config, GPUConfig) and config.decode_graphs:
-        config = replace(config, decode_graphs=False)
-        notes.append("decode_graphs: steps of several ranks are not captured; each op is launched by itself")
     if not device.overlaps:
         return config, 0, notes
     length = min(config.max_model_len or model.max_model_len, model.max_model_len)

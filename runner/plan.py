@@ -19,7 +19,6 @@ from engines.api import (
     CheckpointError,
     EngineConfig,
     EngineSettings,
-    GPUConfig,
     Kind,
     Requirement,
     UnsupportedModelError,
@@ -186,8 +185,6 @@ def resolve(job: JobConfig, checkpoint: Checkpoint, host: Host, kind: Kind, thro
         block_size, changed = fit_block_size(config.block_size, host)
         config = replace(config, block_size=block_size)
         notes += [text for text in (changed, untried(host), *host.problems) if text is not None]
-    if layout_of(job).devices_per_engine > 1 and isinstance(config, GPUConfig) and config.decode_graphs:
-        notes.append("backend_config.decode_graphs: steps of several devices are not captured, each op is launched")
     settings = EngineSettings(
         backend=chosen.engine,
         model_path=checkpoint.path,

@@ -14,6 +14,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <utility>
 
 // Weak, so that the library loads beside a torch without CUDA, which lacks it; nothing calls it there.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
@@ -136,6 +137,30 @@ __device__ __forceinline__ void fence() { __threadfence(); }
 // Reads what other blocks wrote, past the first-level cache.
 __device__ __forceinline__ float load_shared_by_blocks(const float* from) { return __ldcg(from); }
 __device__ __forceinline__ int load_shared_by_blocks(const int* from) { return __ldcg(from); }
+__device__ __forceinline__ uint64_t load_shared_by_blocks(const uint64_t* from) {
+  return __ldcg(reinterpret_cast<const unsigned long long*>(from));
+}
+
+// ---- memory of other devices ----
+
+// Sets a flag on any device, after all that this thread's block wrote before its last barrier.
+__device__ __forceinline__ void set_flag(uint64_t* at, uint64_t value) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" :: "l"(at), "l"(value) : "memory");
+}
+// Waits until a flag is this high. What was written before it was set can be read from then on, by the whole block after
+// its next barrier.
+__device__ __forceinline__ void wait_flag(const uint64_t* at, uint64_t value) {
+  uint64_t seen;
+  do asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(seen) : "l"(at) : "memory");
+  while (seen < value);
+}
+// 16 bytes of any device's memory, past the caches that do not hear of its writes.
+__device__ __forceinline__ uint4 load_from_peer(const void* from) {
+  uint4 v;
+  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+  return v;
+}
 
 // ---- tensor cores ----
 
@@ -222,6 +247,41 @@ void launch(void (*kernel)(Params), dim3 grid, dim3 threads, int shared_bytes, c
           "shared memory of a kernel");
   kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(place.stream)>>>(params);
   check(cudaGetLastError(), "launch");
+}
+
+// ---- host: memory that processes show each other ----
+
+constexpr int kHandleBytes = sizeof(cudaIpcMemHandle_t);
+
+// Whether both devices of this process reach each other's memory over NVLink: other links have no atomic operations.
+inline bool devices_linked(int device, int other) {
+  for (const auto& [from, to] : {std::pair(device, other), std::pair(other, device)}) {
+    int access = 0, atomics = 0;
+    check(cudaDeviceCanAccessPeer(&access, from, to), "access to another device");
+    if (!access) return false;
+    check(cudaDeviceGetP2PAttribute(&atomics, cudaDevP2PAttrNativeAtomicSupported, from, to), "link to another device");
+    if (!atomics) return false;
+  }
+  return true;
+}
+
+// Zeros on a device, and what other processes open them by.
+inline void* allocate_shown(int device, size_t bytes, void* handle) {
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* made = nullptr;
+  check(cudaMalloc(&made, bytes), "memory for other devices");
+  check(cudaMemset(made, 0, bytes), "memory for other devices");
+  check(cudaDeviceSynchronize(), "memory for other devices");
+  check(cudaIpcGetMemHandle(static_cast<cudaIpcMemHandle_t*>(handle), made), "handle of memory for other devices");
+  return made;
+}
+
+inline void* open_shown(int device, const void* handle) {
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  void* opened = nullptr;
+  check(cudaIpcOpenMemHandle(&opened, *static_cast<const cudaIpcMemHandle_t*>(handle), cudaIpcMemLazyEnablePeerAccess),
+        "memory of another device");
+  return opened;
 }
 
 }  // namespace cuda_ops

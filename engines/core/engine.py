@@ -18,7 +18,6 @@ from engines.api import (
     EngineConfig,
     EngineStats,
     ErrorInfo,
-    GPUConfig,
     HeldKV,
     Outcome,
     Request,
@@ -31,6 +30,7 @@ from engines.core.block_manager import BlockManager
 from engines.core.copies import CopyScheduler
 from engines.core.device import Device, out_of_memory
 from engines.core.flight import Flight
+from engines.core.graphs import may_capture
 from engines.core.model_runner import ModelRunner
 from engines.core.pooling import Pooler
 from engines.core.sampler import Detokenize, Sampler
@@ -81,7 +81,7 @@ class LLMEngine:
         # A model with states of its own would compute on with tokens that end a sequence.
         self.overlaps = device.overlaps and model.paged
         kv_dtype = None if config.kv_dtype == "auto" else cast(KVDtype, config.kv_dtype)
-        graphs = config.max_num_seqs if self.overlaps and isinstance(config, GPUConfig) and config.decode_graphs else 0
+        graphs = config.max_num_seqs if may_capture(model, config, device) else 0
         self.runner = ModelRunner(
             model, ops, num_blocks, config.block_size, dtype, device, kv_dtype, graphs, self.max_model_len
         )

@@ -1,7 +1,8 @@
 """Decode steps captured once and replayed: one launch a step in place of one a kernel.
 
 Captured is the model on one new token for each sequence, from look-up to logits, at a ladder of batch sizes. A step is
-padded to the next size; rows that are padding write to a block of the cache that belongs to nobody.
+padded to the next size; rows that are padding write to a block of the cache that belongs to nobody. Where several ranks
+hold the model, each captures its own part, sums between them included, and all replay the same step.
 """
 
 from __future__ import annotations
@@ -14,11 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engines.api import EngineConfig, GPUConfig
 from engines.batch import Batch
 from engines.core.device import Device, out_of_memory, unpack
 from engines.core.scheduler import Scheduled
 from engines.core.sequence import UNREAD
 from engines.models.base import Cache, Model
+from engines.parallel.group import ALONE, Group
+from engines.parallel.leader import Command, LeaderModel, together
+
+_IMPOSSIBLE, _FULL, _MADE = range(3)
+"""What came of a size on a rank."""
 
 
 def ladder(most: int) -> list[int]:
@@ -30,6 +37,16 @@ def ladder(most: int) -> list[int]:
 def is_decode(step: Many[Scheduled]) -> bool:
     """Whether a captured graph computes it: one new token for each sequence, and a token to be drawn after it."""
     return all(s.num_new_tokens == 1 and s.completes and s.seq.request.kind == "generate" for s in step)
+
+
+def may_capture(model: Model, config: EngineConfig, device: Device, group: Group = ALONE) -> bool:
+    """Whether steps can be captured at all; caches have a block for padding then. The same on every rank. Copies that
+    share experts have no captured steps: how many rows each has changes from step to step."""
+    group = model.group if isinstance(model, LeaderModel) else group
+    if group.place.num_copies > 1:
+        return False
+    wanted = isinstance(config, GPUConfig) and config.decode_graphs and device.overlaps and device.captures
+    return wanted and model.paged and model.num_cache_layers > 0
 
 
 @dataclass(frozen=True)
@@ -55,9 +72,11 @@ class DecodeGraphs:
         max_model_len: int,
         max_num_seqs: int,
         scratch_block: int,
+        group: Group = ALONE,
     ) -> None:
-        """scratch_block: of the caches, for rows that are padding."""
-        self.model = model
+        """scratch_block: of the caches, for rows that are padding. group: the ranks, of which the caller leads unless
+        it was told to `capture_part`."""
+        self.model, self.group = (model.own, model.group) if isinstance(model, LeaderModel) else (model, group)
         self.caches = caches
         self.device = device
         self.block_size = block_size
@@ -76,22 +95,37 @@ class DecodeGraphs:
 
     def capture(self, budget_bytes: int) -> str | None:
         """Capture the ladder, the largest size first, in so much memory; why some of it is missing, in a sentence."""
+        sizes = (self.block_size, self.max_model_len, self.max_num_seqs, self.scratch_block)
+        self.group.command([Command.CAPTURE, budget_bytes, *sizes])
+        with together(self.group):
+            return self.capture_part(budget_bytes)
+
+    def capture_part(self, budget_bytes: int) -> str | None:
+        """What `capture` does on every rank: a size is captured on all of them or on none."""
         before = self.device.free_bytes()
         wanted = ladder(self.max_num_seqs)
         for size in reversed(wanted):
-            used = before - self.device.free_bytes()
+            used = -self.group.least(self.device.free_bytes() - before)  # the most that one of the ranks has used
             if used > budget_bytes:
                 return (
                     f"decode steps of fewer than {self.sizes[0]} sequences are padded to that: {len(self._graphs)} of "
                     f"{len(wanted)} graphs took {used:,} bytes of the {budget_bytes:,} for them"
                 )
+            failure = None
             try:
                 self._graphs[size] = self._capture(size)
             except Exception as error:
-                self.device.empty_cache()
-                if not out_of_memory(error):
-                    self._graphs.clear()
-                    return f"decode steps are launched kernel by kernel: they cannot be captured ({first_line(error)})"
+                failure = error
+            worst = _MADE if failure is None else _FULL if out_of_memory(failure) else _IMPOSSIBLE
+            worst = self.group.least(worst)
+            if worst == _MADE:
+                continue
+            self._graphs.pop(size, None)
+            self.device.empty_cache()
+            if worst == _IMPOSSIBLE:
+                self._graphs.clear()
+                why = "on another rank" if failure is None else first_line(failure)
+                return f"decode steps are launched kernel by kernel: they cannot be captured ({why})"
         if not self._graphs:
             return "decode steps are launched kernel by kernel: there is no memory to capture them"
         return None
@@ -135,13 +169,24 @@ class DecodeGraphs:
         size = next((size for size in self.sizes if size >= len(step)), None)
         if size is None:
             return None
-        graph = self._graphs[size]
         tables = block_tables[[s.seq.slot for s in step], : self.width]
-        graph.packed.copy_(self.device.pack(self._arrays(step, tables, size)), non_blocking=True)
+        packed = self.device.pack(self._arrays(step, tables, size))
+        self._graphs[size].packed.copy_(packed, non_blocking=True)
         if unread is not None:
             self._unread[: len(unread)].copy_(unread)
+        num_unread = 0 if unread is None else len(unread)
+        with together(self.group):
+            self.group.command([Command.REPLAY, size, num_unread])
+            return self.replay_part(size, num_unread)[: len(step)]
+
+    def replay_part(self, size: int, num_unread: int) -> Tensor:
+        """What `replay` does on every rank, once the leader has what is computed: logits, [size, vocab_size]."""
+        graph = self._graphs[size]
+        self.group.share(graph.packed)
+        if num_unread:
+            self.group.share(self._unread[:num_unread])
         graph.replay()
-        return graph.logits[: len(step)]
+        return graph.logits
 
     def _arrays(self, step: Many[Scheduled], tables: np.ndarray, size: int) -> list[np.ndarray]:
         """What the graph reads, in the order of `_forward`. tables: [len(step), width], the sequences' block tables."""

@@ -67,12 +67,12 @@ class ModelRunner:
         max_num_seqs: int = 0,
         max_model_len: int = 0,
     ) -> None:
-        """max_num_seqs, max_model_len: of the decode steps that may be captured; 0: none are."""
+        """max_num_seqs, max_model_len: of the decode steps that may be captured (graphs.may_capture); 0: none are."""
         self.model = model
         self.block_size = block_size
         self.device = device
         self.paged = model.paged and model.num_cache_layers > 0
-        captures = bool(max_num_seqs) and self.paged and device.captures
+        captures = max_num_seqs > 0
         where = (ops, num_blocks + captures, block_size, dtype, device.place)
         self.caches = allocate_caches(model, *where, kv_dtype) if self.paged else []
         self.graphs: DecodeGraphs | None = None

@@ -11,6 +11,7 @@ import torch
 from engines.api import EngineSettings
 from engines.child import leave_signals_to_parent
 from engines.core.device import Device, out_of_memory
+from engines.core.graphs import DecodeGraphs, may_capture
 from engines.core.model_runner import allocate_caches
 from engines.load import fitted, make_opset, prepare
 from engines.models.base import Cache, Model
@@ -44,14 +45,15 @@ class Follower:
 
     def __init__(self, model: Model, ops: OpSet, settings: EngineSettings, group: Group) -> None:
         self._model, self._ops, self._settings, self._group = model, ops, settings, group
-        self._dtype, self._device = DTYPES[settings.dtype], torch.device(settings.device)
+        self._dtype, self._device = DTYPES[settings.dtype], Device(torch.device(settings.device))
         self._caches: list[Cache] = []
         self._reader = BlockReader(group.place.rank, self._caches)
         self._server: BlockServer | None = None
+        self._graphs: DecodeGraphs | None = None
 
     def follow(self) -> None:
         """Do what the leader says until it says no more. What fails here is raised: the leader cannot go on alone."""
-        fitted(self._settings, self._model, self._ops, self._dtype, Device(self._device), self._group)
+        fitted(self._settings, self._model, self._ops, self._dtype, self._device, self._group)
         while True:
             try:
                 command, *numbers = self._group.obey()
@@ -72,7 +74,7 @@ class Follower:
         elif command == Command.LOGITS:
             if self._group.place.copy:
                 return
-            rows = torch.empty(numbers[0], self._model.hidden_size, dtype=self._dtype, device=self._device)
+            rows = torch.empty(numbers[0], self._model.hidden_size, dtype=self._dtype, device=self._device.place)
             self._model.logits(self._group.share_in_copy(rows))
         elif command == Command.SERVE:
             self._server = BlockServer(numbers[0], numbers[1], self._group.place.rank, self._caches)
@@ -80,10 +82,18 @@ class Follower:
             port, key, *blocks = numbers
             middle = len(blocks) // 2
             self._group.least(int(self._reader.read(port, key, blocks[:middle], blocks[middle:])))
+        elif command == Command.CAPTURE:
+            budget, block_size, length, seqs, scratch = numbers
+            parts = (self._model, self._caches, self._device)
+            self._graphs = DecodeGraphs(*parts, block_size, length, seqs, scratch, self._group)
+            self._graphs.capture_part(budget)
+        elif command == Command.REPLAY:
+            assert self._graphs is not None
+            self._graphs.replay_part(*numbers)
 
     def _forward(self, plan: list[list[int]]) -> None:
         sizes = [sum(payload_sizes(numbers)) if numbers else 0 for numbers in plan]
-        payload = self._group.share(torch.empty(sum(sizes), dtype=torch.int64, device=self._device))
+        payload = self._group.share(torch.empty(sum(sizes), dtype=torch.int64, device=self._device.place))
         copy = self._group.place.copy
         own = payload.split(sizes)[copy]
         batch = batch_of(plan[copy], own) if plan[copy] else None
@@ -93,7 +103,8 @@ class Follower:
         """Whether there was memory for the caches."""
         config, self._caches = self._settings.config, []
         kv_dtype = None if config.kv_dtype == "auto" else cast(KVDtype, config.kv_dtype)
-        where = (self._ops, count, config.block_size, self._dtype, self._device)
+        count += may_capture(self._model, config, self._device, self._group)
+        where = (self._ops, count, config.block_size, self._dtype, self._device.place)
         try:
             self._caches = allocate_caches(self._model, *where, kv_dtype)
         except (MemoryError, RuntimeError) as error:

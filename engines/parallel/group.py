@@ -1,11 +1,13 @@
 """The ranks that hold one model together, and what they tell each other.
 
-Tensors go between the devices (NCCL; gloo between processors). The first rank leads: it sends commands, lists of
+Tensors go between the devices (NCCL; gloo between processors), sums of a step's size over NVLink by kernels that read
+the other ranks' memory (engines/parallel/peers.py). The first rank leads: it sends commands, lists of
 numbers, over gloo whatever the device, and the others wait for them as long as it takes.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING
@@ -13,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from engines.parallel.peers import PeerMemory, meet, takes
 from engines.parallel.place import Place
 
 if TYPE_CHECKING:
@@ -38,6 +41,9 @@ class Group:
         self._control: ProcessGroup | None = None
         self._parts: dict[range, ProcessGroup] = {}
         """Groups of some of the ranks, this one among them."""
+        self._peers: dict[range, PeerMemory] = {}
+        self.notes: list[str] = []
+        """How sums are made, where that is not as fast as it could be."""
 
     def join(self, store: Store, device: str, timeout: timedelta) -> None:
         """Meet the others at the store. To be called once: torch.distributed knows one world a process.
@@ -57,6 +63,18 @@ class Group:
             part = dist.new_group([*ranks], timeout=timeout)  # all ranks make all groups, in one order
             if self.place.rank in ranks:
                 self._parts[ranks] = part
+        if torch.device(device).type == "cuda" and torch.version.hip is None:
+            self._meet_peers()
+
+    def _meet_peers(self) -> None:
+        for ranks in dict.fromkeys((self.place.copy_ranks, self.place.ranks)):
+            if len(ranks) == 1:
+                continue
+            memory, why = meet(ranks.index(self.place.rank), len(ranks), functools.partial(self._gathered, ranks=ranks))
+            if memory is not None:
+                self._peers[ranks] = memory
+            else:
+                self.notes.append(f"sums over {len(ranks)} devices are left to NCCL: {why}")
 
     def leave(self) -> None:
         """Nothing can be told or asked any more."""
@@ -70,7 +88,8 @@ class Group:
         """Of the summands of the ranks that hold a copy, in x's dtype; may modify x. The same on all to the bit.
 
         invariant: of two summands the order does not matter; more are added in the order of ranks, in float32, rounded
-        once. Else as the library does it, whose order depends on where in the tensor a number is.
+        once. Else as the library does it, whose order depends on where in the tensor a number is. Devices that read
+        each other's memory always add in the order of ranks.
         """
         return self._sum(x, self.place.copy_ranks)
 
@@ -81,6 +100,8 @@ class Group:
     def _sum(self, x: Tensor, ranks: range) -> Tensor:
         if len(ranks) == 1:
             return x
+        if ranks in self._peers and takes(x, len(ranks), self._invariant):
+            return self._peers[ranks].sum(x)
         if len(ranks) == 2 or not self._invariant:
             return self._reduced(x, ranks)
         first, *others = self._gathered(x, ranks)

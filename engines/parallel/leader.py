@@ -33,6 +33,10 @@ class Command(IntEnum):
     READ = 5
     """port and key, then the server's blocks and as many of one's own: fill these, and say with Group.least whether
     they came."""
+    CAPTURE = 6
+    """bytes, then sizes of decode steps as DecodeGraphs has them: capture them in so much memory."""
+    REPLAY = 7
+    """size, number of unread tokens; then both with Group.share: replay the decode step of that size."""
 
 
 class LeaderModel:
@@ -46,7 +50,8 @@ class LeaderModel:
         self.vocab_size, self.hidden_size, self.max_model_len = model.vocab_size, model.hidden_size, model.max_model_len
         self.num_cache_layers, self.num_kv_heads = model.num_cache_layers, model.num_kv_heads
         self.head_dim, self.latent_rank = model.head_dim, model.latent_rank
-        self._model, self._group = model, group
+        self.own, self.group = model, group
+        """The leader's part of the model; the ranks."""
 
     def forward(self, batch: Batch, caches: list[Cache]) -> Tensor:
         """Raises GroupError, after which the ranks are out of step."""
@@ -55,30 +60,30 @@ class LeaderModel:
     def forward_copies(self, batches: Sequence[Batch | None], caches: list[Cache]) -> Tensor:
         """One batch for each copy of the model, None for those that have nothing to do: the hidden states of all, one
         copy after the other. Raises GroupError, after which the ranks are out of step."""
-        with _together():
+        with together(self.group):
             plan = [numbers_of(batch) if batch is not None else [] for batch in batches]
-            self._group.command([Command.FORWARD, *spelled(plan)])
-            self._group.share(torch.cat([payload_of(batch) for batch in batches if batch is not None]))
-            return step_of_copies(self._model, batches[0], caches, plan, self._group)
+            self.group.command([Command.FORWARD, *spelled(plan)])
+            self.group.share(torch.cat([payload_of(batch) for batch in batches if batch is not None]))
+            return step_of_copies(self.own, batches[0], caches, plan, self.group)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Raises GroupError, after which the ranks are out of step."""
-        with _together():
-            self._group.command([Command.LOGITS, len(hidden)])
-            return self._model.logits(self._group.share_in_copy(hidden.contiguous()))
+        with together(self.group):
+            self.group.command([Command.LOGITS, len(hidden)])
+            return self.own.logits(self.group.share_in_copy(hidden.contiguous()))
 
     def classify(self, hidden: Tensor) -> Tensor:
-        return self._model.classify(hidden)
+        return self.own.classify(hidden)
 
     def context_key(self, num_prompt_tokens: int, num_tokens: int) -> int:
-        return self._model.context_key(num_prompt_tokens, num_tokens)
+        return self.own.context_key(num_prompt_tokens, num_tokens)
 
     def release(self, seq_id: int) -> None:
-        self._model.release(seq_id)
+        self.own.release(seq_id)
 
     def close(self) -> None:
-        self._group.command([Command.LEAVE])
-        self._group.leave()
+        self.group.command([Command.LEAVE])
+        self.group.leave()
 
 
 class KVLink:
@@ -93,7 +98,7 @@ class KVLink:
         """Give blocks to whoever asks: (port, key) of engines.api.HeldKV."""
         self._store, key = open_store()
         self._server = BlockServer(self._store.port, key, self._group.place.rank, self._caches)
-        with _together():
+        with together(self._group):
             self._group.command([Command.SERVE, self._store.port, key])
         return self._store.port, key
 
@@ -105,17 +110,19 @@ class KVLink:
 
     def read(self, held: HeldKV, theirs: Sequence[int], mine: Sequence[int]) -> bool:
         """As BlockReader.read, on all ranks. Raises GroupError where one of these has gone."""
-        with _together():
+        with together(self._group):
             self._group.command([Command.READ, held.port, held.key, *theirs, *mine])
             return bool(self._group.least(int(self._reader.read(held.port, held.key, theirs, mine))))
 
 
 @contextlib.contextmanager
-def _together() -> Iterator[None]:
-    """What fails on one rank cannot be tried again: the others are in the middle of it."""
+def together(group: Group) -> Iterator[None]:
+    """What fails on one of several ranks cannot be tried again: the others are in the middle of it."""
     try:
         yield
     except Exception as error:
+        if group.place.size == 1:
+            raise
         raise GroupError(f"{type(error).__name__}: {error}; in a step of several ranks") from error
 
 

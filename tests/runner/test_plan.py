@@ -380,7 +380,6 @@ def test_a_plan_says_what_each_device_holds() -> None:
         "parallel  tp 4, dp 2, ep 1: 8 devices in 2 engines; a device holds 8 of 32 heads, 2 of 8 KV heads, 3,584 of "
         "14,336 intermediate features, 32,064 of 128,256 tokens of the vocabulary, and all norms"
     )
-    assert any(note.startswith("backend_config.decode_graphs: steps of several devices") for note in plan.notes)
     of_whole, of_rank = whole.memory[-1], plan.memory[-1]
     assert of_rank.kv_bytes_per_token * 4 == of_whole.kv_bytes_per_token
     assert 0.25 < of_rank.weight_bytes / of_whole.weight_bytes < 0.2501

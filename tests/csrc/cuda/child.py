@@ -18,6 +18,7 @@ from tests import attention_cases
 from tests.cases import Case, call, convert
 from tests.compare import assert_as_exact, assert_bitwise_equal
 from tests.engines.cuda.cases import compiled
+from tests.engines.cuda.test_all_reduce import run_calls
 from tests.engines.cuda.test_kv_write import KINDS, write_and_compare
 from tests.engines.cuda.test_kv_write import SIZES as WRITE_SIZES
 from tests.engines.cuda.test_quantized import CASES as W4_CASES
@@ -96,6 +97,12 @@ def writes(library: str) -> None:
         write_and_compare(ops, size, kind, torch.bfloat16)
 
 
+def sums(library: str) -> None:
+    """The same for sums over several devices, some of which come late."""
+    for seed in range(24):
+        run_calls(seed, lambda order: os.environ.update(EMULATOR_ORDER=order), Path(library))
+
+
 if __name__ == "__main__":
     try:
         main(sys.argv[1], sys.argv[2:])
@@ -103,5 +110,7 @@ if __name__ == "__main__":
             writes(sys.argv[1])
         if "linear" in sys.argv[2:]:
             products(sys.argv[1])
+        if "all_reduce" in sys.argv[2:]:
+            sums(sys.argv[1])
     except AssertionError as error:
         sys.exit(f"noticed: {error}")

@@ -40,7 +40,10 @@ def library(folder: Path = cuda_build.FOLDER, sanitized: bool = False) -> Path:
     """
     BUILDS.mkdir(parents=True, exist_ok=True)
     extra = ["-O1", "-g1", "-fsanitize=address"] if sanitized else ["-O1"]
-    jobs = {_digest([*_closure(source, folder)], extra): source for source in sorted(folder.glob("*.cu"))}
+    jobs = {
+        _digest([*_closure(source, folder)], extra): source
+        for source in sorted([*folder.glob("*.cu"), *EMULATOR.glob("*.cu")])
+    }
     made = BUILDS / _digest([], [*extra, *jobs]) / "_cuda_ops.so"
     if made.is_file():
         return made

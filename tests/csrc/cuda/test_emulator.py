@@ -31,6 +31,7 @@ UNSEEN = {
 }
 """Barriers that the GPU needs and the emulator does not miss."""
 OPS_OF = {
+    "all_reduce": ["all_reduce"],
     "attention_coded": ["quantized_attention"],
     "attention_prefill.": ["paged_attention", "quantized_attention"],
     "attention": ["paged_attention"],
@@ -81,11 +82,30 @@ def test_a_missing_barrier_is_noticed(tmp_path: Path, file: str, number: int) ->
     assert "noticed: " in done.stderr or "emulator: " in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize(
+    ("text", "instead"),
+    (
+        ("call % 2", "0"),
+        ("2 * call + 1", "2 * call"),
+        ("wait_flag(&state_of(p, p.rank)->flags[blockIdx.x][threadIdx.x], step);", ""),
+        ("own->calls = call;", ""),
+        ("own->arrived = 0;", ""),
+    ),
+)
+def test_an_error_in_how_devices_wait_for_each_other_is_noticed(tmp_path: Path, text: str, instead: str) -> None:
+    file = "all_reduce.cuh"
+    kernel = (cuda_build.FOLDER / file).read_text("utf-8")
+    assert kernel.count(text) == 1
+    library = changed(tmp_path, file, kernel.replace(text, instead))
+    done = run(library, ["all_reduce"])
+    shutil.rmtree(library.parent)
+    assert done.returncode != 0, f"{file} with {instead!r} in place of {text!r} has the right results in every order"
+    assert "noticed: " in done.stderr or "emulator: " in done.stderr, done.stderr
+
+
 def test_nothing_is_noticed_in_the_kernels_as_they_are() -> None:
-    done = run(
-        emulated.library(),
-        ["paged_attention", "quantized_attention", "latent_attention", "rms_norm", "add_rms_norm", "linear"],
-    )
+    attention = ["paged_attention", "quantized_attention", "latent_attention"]
+    done = run(emulated.library(), [*attention, "rms_norm", "add_rms_norm", "linear", "all_reduce"])
     assert done.returncode == 0, done.stderr
 
 
@@ -96,7 +116,7 @@ def sanitizer() -> dict[str, str]:
 
 def test_kernels_stay_within_their_memory() -> None:
     """AddressSanitizer over all compiled ops: global memory, and shared memory to the byte."""
-    every = [*OPS, "linear"]
+    every = [*OPS, "linear", "all_reduce"]
     done = run(emulated.library(sanitized=True), every, **sanitizer())
     assert done.returncode == 0, done.stderr[:4000]
 

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from engines.api import GPUConfig
 from engines.batch import Batch
@@ -84,6 +85,31 @@ class TinyModel:
         return ids[len(prompt) :]
 
 
+class Recorded(TorchDispatchMode):
+    """The operations of a piece of code and the tensors that they gave, which `replay` fills again."""
+
+    WAIT = ("aten::_local_scalar_dense", "aten::is_nonzero", "aten::item", "aten::nonzero")
+    """Operations whose result the host has to know."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func._schema.name in self.WAIT:
+            raise RuntimeError(f"{func} waits for the device")
+        given = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, kwargs or {}, given))
+        return given
+
+    def replay(self) -> None:
+        for func, args, kwargs, given in self.calls:
+            again = func(*args, **kwargs)
+            for old, new in zip(tree_leaves(given), tree_leaves(again), strict=True):
+                if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                    old.copy_(new)
+
+
 class Late(Device):
     """A processor that stands in for an accelerator: what is drawn cannot be read before it was waited for, and time is
     counted, not spent. A step takes the device `step_s` from its launch on, or from the end of the step before.
@@ -114,12 +140,12 @@ class Late(Device):
         """The operations of the call, without the Python around them: what a graph keeps."""
         self.num_captured += 1
         self.memory_bytes -= self.graph_bytes
-        traced = make_fx(call)()
-        result = call()
+        with Recorded() as recorded:
+            result = call()
 
         def replay() -> None:
             self.num_replayed += 1
-            result.copy_(traced())
+            recorded.replay()
 
         return replay, result
 

@@ -7,6 +7,9 @@
 //   EMULATOR_COPIES late (an asynchronous copy lands when it is waited for), early (at once)
 // Shared memory has exactly the size that was launched with, on the heap, and starts as NaN. A barrier that not all
 // threads reach ends the process with the name of what they wait for.
+//
+// A launch runs to its end, unless a queue was chosen (queues.cu): those of several devices wait for emulator_run, and run
+// side by side then, each queue in its order; in the orders random and warp some fall asleep for a while.
 #pragma once
 
 #include <sys/mman.h>
@@ -17,6 +20,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <map>
 #include <memory>
@@ -94,6 +98,7 @@ struct Warp {
 
 struct Block {
   dim3 index, grid, size;
+  const std::function<void()>* body = nullptr;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
   Barrier barrier;
@@ -107,7 +112,6 @@ struct Block {
 inline Block* block = nullptr;
 inline Thread* thread = nullptr;
 inline void* scheduler_stack = nullptr;
-inline std::function<void()>* body = nullptr;
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "emulator: block (%u, %u, %u) thread %d: %s\n", block->index.x, block->index.y, block->index.z,
@@ -173,7 +177,7 @@ inline bool copies_land_early() {
 }
 
 inline void entry() {
-  (*body)();
+  (*block->body)();
   thread->done = true;
   block->events++;
   if (--block->alive && block->barrier.arrived == block->alive) release(block->barrier);
@@ -197,6 +201,11 @@ class Order {
   bool warps_run_ahead() const { return name_ == "warp"; }
   // Whether a thread or warp loses its turn, so that others get far ahead of it.
   bool passes_over() { return warps_run_ahead() && random_() % 4 != 0; }
+  // For how many turns of the others a device does nothing; 0 but for one time in so many.
+  int sleep(int times) {
+    const bool sleeps = (name_ == "random" || name_ == "warp") && static_cast<int>(random_() % times) == 0;
+    return sleeps ? static_cast<int>(random_() % 64) : 0;
+  }
   std::vector<int> of(int count) {
     std::vector<int> order(count);
     std::iota(order.begin(), order.end(), 0);
@@ -236,7 +245,7 @@ inline bool resume(int number) {
   return true;
 }
 
-using Running = std::vector<std::unique_ptr<Block>>;
+using Running = std::vector<Block*>;
 
 // A turn for every thread, or for every warp as far as it can go; in the order `warp`, unless it is for `all`, only for some
 // of them. Whether anything happened.
@@ -244,10 +253,9 @@ inline bool sweep(Order& order, const Running& running, bool all) {
   const int step = order.warps_run_ahead() ? 32 : 1;
   std::vector<std::pair<Block*, int>> units;
   uint64_t before = 0, after = 0;
-  for (const auto& own : running) {
-    if (!own) continue;
+  for (Block* own : running) {
     before += own->events;
-    for (int i = 0; i < static_cast<int>(own->threads.size()); i += step) units.emplace_back(own.get(), i);
+    for (int i = 0; i < static_cast<int>(own->threads.size()); i += step) units.emplace_back(own, i);
   }
   for (int at : order.of(static_cast<int>(units.size()))) {
     if (!all && order.passes_over()) continue;
@@ -258,8 +266,7 @@ inline bool sweep(Order& order, const Running& running, bool all) {
       for (int i = first; i < end; ++i) moved |= resume(i) && step > 1;
     }
   }
-  for (const auto& own : running)
-    if (own) after += own->events;
+  for (Block* own : running) after += own->events;
   return before != after;
 }
 
@@ -273,43 +280,101 @@ inline bool sweep(Order& order, const Running& running, bool all) {
 
 constexpr int kConcurrentBlocks = 3;
 
-inline std::unique_ptr<Block> start(int at, int slot, dim3 grid, dim3 size, size_t dynamic) {
-  auto own = std::make_unique<Block>();
-  own->index = dim3(at % grid.x, at / grid.x % grid.y, at / (grid.x * grid.y));
-  own->grid = grid;
-  own->size = size;
-  own->threads.resize(size.x * size.y * size.z);
-  own->alive = static_cast<int>(own->threads.size());
-  own->warps.resize((own->alive + 31) / 32);
-  // Aligned as the GPU's, and ending where the allocation ends, so that a sanitizer sees the first byte past it.
-  void* aligned = nullptr;
-  if (posix_memalign(&aligned, 1024, std::max<size_t>(dynamic, 1))) std::abort();
-  own->shared = static_cast<unsigned char*>(aligned);
-  std::memset(own->shared, 0xFF, std::max<size_t>(dynamic, 1));
-  for (int i = 0; i < own->alive; ++i) prepare(own->threads[i], i, slot * 1024 + i, size);
-  return own;
+struct Launch {
+  std::function<void()> kernel;
+  dim3 grid, size;
+  size_t dynamic;  // bytes of shared memory, as a launch gives them
+};
+
+// A launch on its way. Its blocks' threads have the stacks from `slot` on.
+class Progress {
+ public:
+  Progress(Launch launch, Order& order, int slot)
+      : launch_(std::move(launch)), slot_(slot), blocks_(order.of(launch_.grid.x * launch_.grid.y * launch_.grid.z)),
+        running_(kConcurrentBlocks) {}
+
+  // The blocks that are to run now; none when all have.
+  Running running() {
+    Running found;
+    for (int i = 0; i < kConcurrentBlocks; ++i) {
+      if (running_[i] && !running_[i]->alive) {
+        std::free(running_[i]->shared);
+        running_[i].reset();
+      }
+      if (!running_[i] && next_ < blocks_.size()) running_[i] = start(blocks_[next_++], slot_ + i);
+      if (running_[i]) found.push_back(running_[i].get());
+    }
+    return found;
+  }
+
+ private:
+  std::unique_ptr<Block> start(int at, int slot) {
+    const dim3 grid = launch_.grid;
+    auto own = std::make_unique<Block>();
+    own->index = dim3(at % grid.x, at / grid.x % grid.y, at / (grid.x * grid.y));
+    own->grid = grid;
+    own->size = launch_.size;
+    own->body = &launch_.kernel;
+    own->threads.resize(own->size.x * own->size.y * own->size.z);
+    own->alive = static_cast<int>(own->threads.size());
+    own->warps.resize((own->alive + 31) / 32);
+    // Aligned as the GPU's, and ending where the allocation ends, so that a sanitizer sees the first byte past it.
+    void* aligned = nullptr;
+    if (posix_memalign(&aligned, 1024, std::max<size_t>(launch_.dynamic, 1))) std::abort();
+    own->shared = static_cast<unsigned char*>(aligned);
+    std::memset(own->shared, 0xFF, std::max<size_t>(launch_.dynamic, 1));
+    for (int i = 0; i < own->alive; ++i) prepare(own->threads[i], i, slot * 1024 + i, own->size);
+    return own;
+  }
+
+  Launch launch_;
+  int slot_;
+  std::vector<int> blocks_;
+  size_t next_ = 0;
+  std::vector<std::unique_ptr<Block>> running_;
+};
+
+inline std::vector<std::deque<Launch>> queues;
+inline int queue = -1;  // that launches go to; -1: they run at once
+
+inline void launch(std::function<void()> kernel, dim3 grid, dim3 size, size_t dynamic) {
+  Launch made{std::move(kernel), grid, size, dynamic};
+  if (queue >= 0) return queues[queue].push_back(std::move(made));
+  Order order;
+  Progress own(std::move(made), order, 0);
+  for (Running running = own.running(); !running.empty(); running = own.running()) {
+    if (sweep(order, running, false) || sweep(order, running, true)) continue;
+    block = running.back();
+    fail_deadlocked();
+  }
+  block = nullptr;
+  thread = nullptr;
 }
 
-// dynamic: bytes of shared memory, as a launch gives them.
-inline void launch(std::function<void()> kernel, dim3 grid, dim3 size, size_t dynamic) {
+// All that lies in the queues.
+inline void run_queues() {
   Order order;
-  body = &kernel;
-  const std::vector<int> blocks = order.of(static_cast<int>(grid.x * grid.y * grid.z));
-  Running running(kConcurrentBlocks);
-  for (size_t next = 0;;) {
-    bool any = false;
-    for (int slot = 0; slot < kConcurrentBlocks; ++slot) {
-      if (running[slot] && !running[slot]->alive) {
-        std::free(running[slot]->shared);
-        running[slot].reset();
+  const int count = static_cast<int>(queues.size());
+  std::vector<std::unique_ptr<Progress>> launches(count);
+  std::vector<int> asleep(count);
+  for (;;) {
+    Running all, awake;
+    for (int i = 0; i < count; ++i) {
+      Running own = launches[i] ? launches[i]->running() : Running();
+      if (own.empty() && !queues[i].empty()) {
+        launches[i] = std::make_unique<Progress>(std::move(queues[i].front()), order, i * kConcurrentBlocks);
+        queues[i].pop_front();
+        asleep[i] = order.sleep(4);
+        own = launches[i]->running();
       }
-      if (!running[slot] && next < blocks.size()) running[slot] = start(blocks[next++], slot, grid, size, dynamic);
-      any |= running[slot] != nullptr;
+      all.insert(all.end(), own.begin(), own.end());
+      if (!asleep[i]) asleep[i] = order.sleep(32);
+      if (asleep[i]) asleep[i]--;
+      else awake.insert(awake.end(), own.begin(), own.end());
     }
-    if (!any) break;
-    if (sweep(order, running, false) || sweep(order, running, true)) continue;
-    for (const auto& own : running)
-      if (own) block = own.get();
+    if (all.empty()) break;
+    if (sweep(order, awake, false) || sweep(order, all, true)) continue;
+    block = all.back();
     fail_deadlocked();
   }
   block = nullptr;

@@ -100,6 +100,14 @@ template <int N> void copy_wait() {
 inline int atomic_add(int* at, int value) { return std::exchange(*at, *at + value); }
 inline void fence() {}
 template <class T> T load_shared_by_blocks(const T* from) { return *from; }
+inline void set_flag(uint64_t* at, uint64_t value) { *at = value; emulator::block->events++; }
+inline void wait_flag(const uint64_t* at, uint64_t value) {
+  emulator::wait_until([at, value] { return *at >= value; }, "wait_flag");
+}
+inline uint4 load_from_peer(const void* from) {
+  if (reinterpret_cast<uintptr_t>(from) % 16) emulator::fail("load_from_peer of an address that 16 does not divide");
+  return *static_cast<const uint4*>(from);
+}
 
 template <bool TRANSPOSED> void load_matrices_either(uint32_t (&to)[4], const void* row) {
   if (reinterpret_cast<uintptr_t>(row) % 16) emulator::fail("load_matrices of an address that 16 does not divide");
@@ -178,7 +186,23 @@ struct Place {
 
 template <class Params>
 void launch(void (*kernel)(Params), dim3 grid, dim3 threads, int shared_bytes, const Place&, const Params& params) {
-  emulator::launch([&] { kernel(params); }, grid, threads, static_cast<size_t>(shared_bytes));
+  emulator::launch([kernel, params] { kernel(params); }, grid, threads, static_cast<size_t>(shared_bytes));
+}
+
+// Emulated devices are of one process: memory is shown by its address.
+constexpr int kHandleBytes = 64;
+inline bool devices_linked(int, int) { return true; }
+inline void* allocate_shown(int, size_t bytes, void* handle) {
+  void* made = nullptr;
+  if (posix_memalign(&made, 256, bytes)) std::abort();
+  std::memset(made, 0, bytes);
+  std::memcpy(handle, &made, sizeof made);
+  return made;
+}
+inline void* open_shown(int, const void* handle) {
+  void* opened = nullptr;
+  std::memcpy(&opened, handle, sizeof opened);
+  return opened;
 }
 
 }  // namespace cuda_ops
