@@ -1,7 +1,7 @@
 """Checks and times every GPU kernel and the engines: `python -m tests.gpu`, under nine minutes, no network.
 
     python -m tests.gpu --only attention      cases and kernels with this in their name
-    python -m tests.gpu --parts decode        check, kernels, decode, requests, sanitizer
+    python -m tests.gpu --parts decode        check, kernels, devices, decode, requests, sanitizer
     python -m tests.gpu --interpret           Triton's kernels on the processor, small: that the command works
 
 Each part is a process with a share of the time; what one leaves the next ones have. The ledger,
@@ -29,7 +29,7 @@ from engines.platform import installed_extensions
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"triton": ROOT / "engines/triton", "cuda": ROOT / "csrc/cuda"}
-SHARES = {"check": 0.35, "kernels": 0.2, "decode": 0.15, "requests": 0.2, "sanitizer": 0.1}
+SHARES = {"check": 0.3, "kernels": 0.2, "devices": 0.1, "decode": 0.15, "requests": 0.15, "sanitizer": 0.1}
 """Of the time, by part."""
 ENDING_S = 10.0
 """A part is told to be done so long before it is ended."""

@@ -148,11 +148,25 @@ def sanitizer(asked: Asked) -> Result:
     return Result(lines, failed=done.returncode != 0)
 
 
+def devices(asked: Asked) -> Result:
+    """Sums over all GPUs that are here; they are the CUDA library's."""
+    from tests.gpu import devices
+
+    return Result(*devices.run()) if asked.backend == "cuda" else Result(["left out: the CUDA library's"])
+
+
 def _paths() -> list[str | None]:
     return [None, *(str(folder / "bin") for folder in sorted(Path("/usr/local").glob("cuda*")))]
 
 
-PARTS = {"check": check, "kernels": kernels, "decode": decode, "requests": requests, "sanitizer": sanitizer}
+PARTS = {
+    "check": check,
+    "kernels": kernels,
+    "devices": devices,
+    "decode": decode,
+    "requests": requests,
+    "sanitizer": sanitizer,
+}
 
 
 def _ready(asked: Asked) -> tuple[Any, Any, Any, Result]:

@@ -8,17 +8,20 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
 from engines.gpu_ledger import FILE as LEDGER
+from engines.parallel.place import Place
 from tests.engines.triton.kernels import KERNELS
 from tests.gpu import __main__ as gpu
-from tests.gpu import parts
+from tests.gpu import devices, parts
 from tests.gpu.__main__ import FOLDERS, ROOT, entry, one
 from tests.gpu.timing import SMALL, Kernel, decoder
+from tests.parallel.cases import ThreadGroup, Threads
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -125,6 +128,30 @@ def test_the_ledger_holds_what_gpus_have_shown() -> None:
     for name, seen in json.loads(LEDGER.read_text()).items():
         assert name.split(":")[0] in FOLDERS
         assert {"date", "device", "driver", "torch", "time_us", "fraction", "sources"} <= set(seen)
+
+
+def test_sums_over_devices_need_two(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    asked = parts.Asked("cuda", "cuda:0", "", time.time() + 100, False)
+    found = parts.devices(asked)
+    assert found.lines == ["left out: sums over devices need two GPUs, here is 1"] and not found.failed
+
+
+@pytest.mark.parametrize("wrong", (False, True))
+def test_sums_over_devices_are_compared_to_the_bit(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "SIZES", (1, 1001))
+    threads = Threads(3)
+
+    class Last(ThreadGroup):
+        def sum(self, x: torch.Tensor) -> torch.Tensor:
+            total = super().sum(x)
+            return total.nextafter(total + 1) if wrong and self.place.rank == 2 and x.dtype == torch.float32 else total
+
+    with ThreadPoolExecutor(3) as pool:
+        groups = [Last(Place(rank, 3), threads) for rank in range(3)]
+        found = list(pool.map(devices.differences, groups, [torch.device("cpu")] * 3))
+    texts = [f"torch.float32, {size} elements: {size} differ on rank 2" for size in ("1", "1,001")]
+    assert found == [[], [], texts if wrong else []]
 
 
 def test_the_timed_model_has_the_sizes_it_says() -> None:

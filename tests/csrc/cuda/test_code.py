@@ -74,6 +74,18 @@ def test_the_tensor_cores_of_sm_90_are_asked_for_without_serialization(compiled:
         ("moe", "sm_90a", (r"LDG\.E\.128", r"STG\.E\.128")),
         ("linear", "sm_90a", (r"LDG\.E\.128", r"STG\.E\.64")),
         ("elementwise", "sm_90a", (r"LDG\.E\.128", r"STG\.E\.128")),
+        # Other devices' memory past the caches; a fence before a flag is set, the cache emptied after one is seen.
+        (
+            "all_reduce",
+            "sm_90a",
+            (
+                r"LDG\.E\.128\.STRONG\.SYS",
+                r"STG\.E\.64\.STRONG\.SYS",
+                r"LDG\.E\.64\.STRONG\.SYS",
+                r"MEMBAR\.\w+\.SYS",
+                "CCTL.IVALL",
+            ),
+        ),
         ("kv_write", "sm_80", (r"LDG\.E\.128", r"STG\.E\.128", r"STG\.E\.64")),
         ("kv_write", "sm_90a", (r"LDG\.E\.128", r"STG\.E\.128", r"STG\.E\.64", r"F2FP\.SATFINITE\.E4M3")),
     ),
