@@ -307,6 +307,14 @@ def latents() -> Iterator[Case]:
 
         yield Case("head_linear", f"{rows}x{heads}x{size}x{out}", product, {})
 
+        def within(
+            dtype: torch.dtype, made: Callable[..., tuple[Any, ...]] = product, out: int = out
+        ) -> tuple[Any, ...]:
+            x, weight = made(dtype)
+            return x, weight, torch.zeros(*x.shape[:2], out + 5, dtype=dtype)[..., 2 : 2 + out]
+
+        yield Case("head_linear", f"{rows}x{heads}x{size}x{out} within", within, {}, modifies=(2,))
+
 
 def encoders() -> Iterator[Case]:
     shapes = (((5, 0, 1, 130), 3, 32), ((1,), 1, 64), ((33, 64), 2, 7), ((), 2, 8), ((16, 17, 300, 15), 5, 96))

@@ -80,13 +80,15 @@ class LatentAttention:
         mla = self.mla
         *compressed, cached = self.down_proj.forward(x, batch.adapter_ids).split(self.down_sizes, dim=1)
         if self.q_a_layernorm is not None:
-            x = self.q_a_layernorm.forward(compressed[0].contiguous())
+            x = self.q_a_layernorm.forward(compressed[0])
         q = self.q_proj.forward(x, batch.adapter_ids).unflatten(1, (self.num_heads, self.q_dim))
         q_nope, q_rope = q.split([mla.qk_nope_head_dim, mla.qk_rope_head_dim], dim=2)
         assert batch.slot_mapping is not None
         norm, angles = self.kv_a_layernorm, (rotation.positions, rotation.cos_sin)
         self.ops.rope_write_latent(q_rope, cached, norm.weight, norm.eps, *angles, cache, batch.slot_mapping)
-        absorbed = torch.cat((self.ops.head_linear(q_nope, self.key_up), q_rope), dim=2)
+        absorbed = q.new_empty(*q.shape[:2], mla.kv_lora_rank + mla.qk_rope_head_dim)
+        self.ops.head_linear(q_nope, self.key_up, absorbed[..., : mla.kv_lora_rank])
+        absorbed[..., mla.kv_lora_rank :].copy_(q_rope)
         out = self.ops.latent_attention(absorbed, cache, batch, self.softmax_scale)
         out = self.ops.head_linear(out, self.value_up).flatten(1)
         return self.group.sum(self.o_proj.forward(out, batch.adapter_ids))

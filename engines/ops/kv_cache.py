@@ -181,7 +181,7 @@ def rope_write_latent(
     """
     compressed, k = latent.split([cache.rank, latent.shape[1] - cache.rank], dim=1)
     self.rope(q, k[:, None], positions, cos_sin)
-    normed = self.rms_norm(compressed.contiguous(), weight, eps)
+    normed = self.rms_norm(compressed, weight, eps)
     self.write_latent(torch.cat((normed, k), dim=1), cache, slot_mapping)
 
 

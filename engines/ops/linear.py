@@ -62,12 +62,16 @@ def mlp(self: OpSet, x: Tensor, up: LinearWeight, down: LinearWeight, activation
     return self.linear(self.act_and_mul(inner, activation) if gated else self.act(inner, activation), down)
 
 
-def head_linear(x: Tensor, weight: Tensor) -> Tensor:
+def head_linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
     """Each head's own product. x: [num_tokens, num_heads, in]; weight: [num_heads, in, out], x's dtype.
 
-    Returns [num_tokens, num_heads, out], x's dtype.
+    Returns `out`, or a new dense tensor: [num_tokens, num_heads, out], x's dtype. `out` may be a view whose last
+    dimension is dense. Modifies out.
     """
-    return torch.bmm(x.transpose(0, 1), weight).transpose(0, 1)
+    if out is None:
+        out = x.new_empty(*x.shape[:2], weight.shape[2])
+    torch.bmm(x.transpose(0, 1), weight, out=out.transpose(0, 1))
+    return out
 
 
 def quantize_input(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:

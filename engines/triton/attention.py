@@ -63,7 +63,8 @@ def prefill_tiles(sm: tuple[int, int], itemsize: int, head_dim: int, kind: str =
     if kind != "plain":
         return Tiles(128, 16, 8, 2) if head_dim <= 128 else Tiles(32, 32, 8, 2)
     if head_dim > 128:
-        return Tiles(64, 32, 8, 2)
+        # Two parts of a head are more numbers on their way than one of 256.
+        return Tiles(64, 16 if halves(head_dim)[1] else 32, 8, 2)
     return Tiles(128, 32 if head_dim > 64 else 64, 8, 2)
 
 

@@ -53,6 +53,9 @@ def builds(sm: int, group: str) -> Iterator[Build]:
             (80, {"WINDOW": True, "SOFTCAP": True, "SINKS": True}),
             (256, {}),
             (64, {}),
+            (96, {}),
+            (192, {}),
+            (224, {"WINDOW": True, "SOFTCAP": True, "SINKS": True}),
         ):
             yield from attentions(divmod(sm, 10), head_dim, options)
     elif group == "cache":

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -53,6 +55,29 @@ def test_as_exact_as_the_reference(ops: Reference, case: Case, dtype: torch.dtyp
 @pytest.mark.parametrize(("case", "dtype"), REST, ids=named)
 def test_the_others_in_every_dtype(ops: Reference, case: Case, dtype: torch.dtype) -> None:
     check(ops, case, dtype)
+
+
+FLAGS = ({}, {"window": 6}, {"softcap": 3.0}, {"sinks": True}, {"window": 6, "softcap": 3.0, "sinks": True})
+HEADS = [
+    pytest.param(head_dim, kind, marks=() if kind == "plain" and head_dim in (72, 112, 128, 192) else pytest.mark.slow)
+    for head_dim in (64, 72, 80, 88, 96, 104, 112, 120, 128, 144, 160, 176, 192, 208, 224, 240, 256)
+    for kind in ("plain", "int8", "int4", "fp8")
+]
+
+
+@pytest.mark.parametrize(("head_dim", "kind"), HEADS)
+def test_every_head_with_every_flag(ops: Reference, head_dim: int, kind: Any) -> None:
+    """A prompt, a piece of one, and a decoding sequence, two queries on a key."""
+    for flags in FLAGS:
+        own = attention_cases.Case("", (20, 9, 30), (7, 9, 1), 2, 1, head_dim, **flags)
+
+        def make(dtype: torch.dtype, own: attention_cases.Case = own) -> tuple[Any, ...]:
+            given = attention_cases.make(own, dtype)
+            cache = given.cache if kind == "plain" else attention_cases.quantized(given.cache, kind)
+            return given.q, cache, given.batch, 0.2
+
+        op = "paged_attention" if kind == "plain" else "quantized_attention"
+        check(ops, Case(op, f"{head_dim} {kind}", make, own.options()), torch.float16)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=named)
