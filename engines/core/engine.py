@@ -47,6 +47,7 @@ Watch = Callable[[Many[int]], None]
 NO_SAMPLING = SamplingParams(max_tokens=0)
 SPARE_SHARE = 32
 """One in so many blocks of a CPU's cache keeps a text that nobody waits for, before one is used that never was."""
+UNREAD_PROMPTS = "prompts were computed again, as the engine that had done so did not give their keys and values"
 MAX_TRACEBACKS = 10
 """Different failures that are logged with a traceback; every failed request has its message in its outcome."""
 
@@ -449,12 +450,8 @@ class LLMEngine:
             num_prompt_tokens=self._num_prompt,
             num_cached_tokens=self._num_cached,
             num_output_tokens=self._num_output + sum(map(_read_tokens, self.scheduler.running)),
-            notes=(*self.notes, *self._handover_notes()),
+            notes=(*self.notes, UNREAD_PROMPTS) if self.scheduler.num_unread else tuple(self.notes),
         )
-
-    def _handover_notes(self) -> list[str]:
-        count = self.scheduler.num_unread
-        return [f"prompts computed again, as another engine could not give their KV: {count:,}"] if count else []
 
     def close(self) -> None:
         if self._link is not None:

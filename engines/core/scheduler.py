@@ -271,9 +271,10 @@ class Scheduler:
         """Have what was computed elsewhere, besides what is known here, or else compute it again."""
         known, count = seq.num_registered_blocks, len(held.blocks)
         theirs, mine = held.blocks[known:], self.block_tables[seq.slot, known:count].tolist()
-        if held.context_key == seq.context_key and (not theirs or self.read(held, theirs, mine)):
+        holds = held.context_key == seq.context_key
+        if holds and (not theirs or self.read(held, theirs, mine)):
             seq.num_computed_tokens = seq.num_tokens - 1
-        else:
+        elif holds:
             self.num_unread += 1
         self.fetched.append(seq.request.request_id)
         seq.held = None

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from engines.api import EngineSettings, Outcome, Request, Role, SamplingParams
-from engines.core.engine import LLMEngine
+from engines.core.engine import UNREAD_PROMPTS, LLMEngine
 from engines.parallel.group import ALONE
 from engines.parallel.leader import KVLink
 from tests.engines.core.test_engine import generate, prompts
@@ -197,7 +197,8 @@ def test_a_server_that_is_lost_costs_its_prompts_again(folders: dict[str, Path])
         found = both.finish([])
         notes = both.decode.stats().notes
         both.prefill.release([request.request_id for request in work])
-    assert notes == ("prompts computed again, as another engine could not give their KV: 12",)
+        assert both.decode.scheduler.num_unread == 12
+    assert notes == (UNREAD_PROMPTS,)
     assert told(found) == told(hybrid(made, work))
 
 
@@ -213,8 +214,9 @@ def test_texts_that_outgrow_their_context_are_computed_again(folders: dict[str, 
     work = long_requests(4, ignore_eos=True)
     with pair(made) as both:
         both.decode.scheduler.context_key = lambda num_prompt, num_tokens: 7
+        both.decode.scheduler.read = lambda held, theirs, mine: pytest.fail("of another context")
         found = both.finish(work)
-        assert both.decode.scheduler.num_unread == 4
+        assert not both.decode.stats().notes
     assert told(found) == told(hybrid(made, work))
 
 
