@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -63,6 +64,14 @@ def call(ops: OpSet, case: Case, arguments: tuple[Any, ...]) -> list[Tensor]:
             for weight, bias, is_int8 in zip((up, down), biases, quantized, strict=True)
         ]
         returned = ops.mlp(x, *prepared, **case.options)
+    elif case.op in ("add_rms_norm_for", "act_and_mul_for"):
+        *given, weight, bias = own
+        is_plain = isinstance(weight, Tensor)
+        prepare = ops.prepare_linear if is_plain else partial(ops.prepare_quantized, dtype=given[0].dtype)
+        product = prepare(weight, bias)
+        made = getattr(ops, case.op)(*given, **case.options, product=product)
+        inputs, *rest = made if isinstance(made, tuple) else (made,)
+        returned = (ops.linear(inputs, product), *rest)
     elif case.op == "fused_experts":
         x, gate_up, down, *routed = own
         returned = ops.fused_experts(x, ops.prepare_experts(gate_up, down, x.dtype), *routed, **case.options)
@@ -106,7 +115,7 @@ def numbers(*shape: int, dtype: torch.dtype, seed: int = 0, stretch: float = 1.0
 def cases() -> tuple[Case, ...]:
     makers = (
         norms, activations, rotations, cache_writes, attentions, quantized_caches, latents, encoders, products, mlps,
-        quantized_products, adapted, experts, choices,
+        fused_inputs, quantized_products, adapted, experts, choices,
     )  # fmt: skip
     return tuple(itertools.chain.from_iterable(make() for make in makers))
 
@@ -381,6 +390,32 @@ def mlps() -> Iterator[Case]:
         return numbers(150, 96, dtype=dtype), *weights, None, None
 
     yield Case("mlp", "150-int8 static", integers, {"activation": "relu", "gated": True})
+
+
+def fused_inputs() -> Iterator[Case]:
+    """Products after what makes their inputs, which may round them on the way."""
+    for (rows, size), kind in itertools.product(((0, 64), (5, 192), (40, 1152)), ("plain", "int8", "int8 static")):
+
+        def product(dtype: torch.dtype, size: int = size, kind: str = kind) -> tuple[Any, ...]:
+            bias = numbers(40, dtype=dtype, seed=4).contiguous()
+            if kind == "plain":
+                return numbers(40, size, dtype=dtype, seed=3).contiguous(), bias
+            return quantized_weights(40, size)[kind], bias
+
+        def normed(
+            dtype: torch.dtype, rows: int = rows, size: int = size, make: Callable[..., tuple[Any, ...]] = product
+        ) -> tuple[Any, ...]:
+            x, residual = (numbers(rows, size, dtype=dtype, seed=i).contiguous() for i in (0, 2))
+            return x, residual, numbers(size, dtype=dtype, seed=1).contiguous(), *make(dtype)
+
+        def activated(
+            dtype: torch.dtype, rows: int = rows, size: int = size, make: Callable[..., tuple[Any, ...]] = product
+        ) -> tuple[Any, ...]:
+            return numbers(rows, 2 * size, dtype=dtype), *make(dtype)
+
+        name = f"{kind} {rows}x{size}"
+        yield Case("add_rms_norm_for", name, normed, {"eps": 1e-5, "weight_offset": 0.0})
+        yield Case("act_and_mul_for", name, activated, {"name": "silu"})
 
 
 def quantized_weights(out: int, size: int) -> dict[str, QuantizedWeight]:

@@ -1,6 +1,6 @@
 // The ops rms_norm, add_rms_norm, act_and_mul, softcap: checks and launches.
 
-#include "elementwise.cuh"
+#include "elementwise.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,12 +9,8 @@
 #include <string>
 #include <tuple>
 
-#include "tensors.h"
-
 namespace cuda_ops {
 namespace {
-
-constexpr int kShortRow = 1024;  // values that one warp takes
 
 // x: [rows, size] or [outer, inner, size].
 void norm(const Tensor& x, const Tensor* residual, const Tensor& weight, const Tensor& out, const Tensor* total,
@@ -49,8 +45,8 @@ void norm(const Tensor& x, const Tensor* residual, const Tensor& weight, const T
     const bool wide = all_divide(16 / sizeof(T), {size, p.outer_stride, p.inner_stride}) &&
                       all_aligned({&x, residual ? residual : &x, &weight});
     with_width<T>(wide, [&](auto width) {
-      const bool brief = size <= kShortRow;
-      const dim3 threads(brief ? 32 : 256, brief ? 4 : 1);
+      const int of_row = threads_of_row(size);
+      const dim3 threads(of_row, of_row == 32 ? 4 : 1);
       launch(norm_kernel<T, width.value>, dim3(static_cast<unsigned>(ceil_div(rows, threads.y))), threads,
              8 * sizeof(float), place, p);
     });
@@ -70,15 +66,6 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
   Tensor total = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   norm(x, &residual, weight, out, &total, eps, weight_offset);
   return {out, total};
-}
-
-Activation activation_of(const std::string& name) {
-  if (name == "silu") return Activation::silu;
-  if (name == "gelu") return Activation::gelu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  if (name == "relu") return Activation::relu;
-  STD_TORCH_CHECK(name == "swiglu_oai", "name: ", name, "; expected silu, gelu, gelu_tanh, relu or swiglu_oai");
-  return Activation::swiglu_oai;
 }
 
 Tensor act_and_mul(const Tensor& gate_up, std::string name) {

@@ -35,6 +35,37 @@ __device__ __forceinline__ float sum_of_row(float x, float* slots, int warps_of_
   return x;
 }
 
+// The values' sum, rounded to T; its squares are added to `squares`.
+template <class T, int V>
+__device__ __forceinline__ Vector<T, V> add_vectors(Vector<T, V> a, const Vector<T, V>& b, float& squares) {
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    a.v[j] = from_float<T>(add(to_float(a.v[j]), to_float(b.v[j])));
+    squares += to_float(a.v[j]) * to_float(a.v[j]);
+  }
+  return a;
+}
+
+// What a row is multiplied by, of the squares that its threads have.
+__device__ __forceinline__ float norm_scale(float squares, float* slots, int warps_of_row, int size, float eps) {
+  const float mean = sum_of_row(squares, slots, warps_of_row) / size;
+  return 1.0f / sqrtf(mean + eps);
+}
+
+template <class T, int V>
+__device__ __forceinline__ Vector<T, V> normed(Vector<T, V> a, const Vector<T, V>& weight, float scale, float offset) {
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    const float value = to_float(a.v[j]) * scale, w = to_float(weight.v[j]);
+    a.v[j] = offset != 0.0f ? from_float<T>(value * (offset + w))
+                            : from_float<T>(w * to_float(from_float<T>(value)));
+  }
+  return a;
+}
+
+constexpr int kShortRow = 1024;  // values that one warp takes
+inline int threads_of_row(int64_t size) { return size <= kShortRow ? 32 : 256; }
+
 // Grid: rows / blockDim.y blocks. Threads: (x: of one row, a warp for short rows or 256, y: rows; more than one only
 // when a row has one warp). Shared memory: a float a warp. Moves: x, residual, out, total once, the second reading of x
 // or total comes out of the first-level cache.
@@ -48,31 +79,20 @@ template <class T, int V> __global__ void __launch_bounds__(256) norm_kernel(Nor
   const int step = blockDim.x * V;
   float squares = 0.0f;
   for (int i = threadIdx.x * V; i < p.size; i += step) {
-    Vector<T, V> a = load<T, V>(x + i);
+    const Vector<T, V> a = load<T, V>(x + i);
     if (p.residual) {
-      const Vector<T, V> b = load<T, V>(p.residual + begin + i);
-#pragma unroll
-      for (int j = 0; j < V; ++j) a.v[j] = from_float<T>(add(to_float(a.v[j]), to_float(b.v[j])));
-      if (own) store<T, V>(p.total + begin + i, a);
+      const Vector<T, V> sum = add_vectors(a, load<T, V>(p.residual + begin + i), squares);
+      if (own) store<T, V>(p.total + begin + i, sum);
+      continue;
     }
 #pragma unroll
     for (int j = 0; j < V; ++j) squares += to_float(a.v[j]) * to_float(a.v[j]);
   }
-  const float mean = sum_of_row(squares, slots, blockDim.x / 32) / p.size;
-  const float scale = 1.0f / sqrtf(mean + p.eps);
+  const float scale = norm_scale(squares, slots, blockDim.x / 32, p.size, p.eps);
   if (!own) return;
   const T* from = p.residual ? p.total + begin : x;
-  for (int i = threadIdx.x * V; i < p.size; i += step) {
-    Vector<T, V> a = load<T, V>(from + i);
-    const Vector<T, V> w = load<T, V>(p.weight + i);
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const float normed = to_float(a.v[j]) * scale, weight = to_float(w.v[j]);
-      a.v[j] = p.weight_offset != 0.0f ? from_float<T>(normed * (p.weight_offset + weight))
-                                       : from_float<T>(weight * to_float(from_float<T>(normed)));
-    }
-    store<T, V>(p.out + begin + i, a);
-  }
+  for (int i = threadIdx.x * V; i < p.size; i += step)
+    store<T, V>(p.out + begin + i, normed(load<T, V>(from + i), load<T, V>(p.weight + i), scale, p.weight_offset));
 }
 
 // ---- gated activation ----
@@ -104,21 +124,25 @@ template <class T> struct GateParams {
   Activation name;
 };
 
+// The activation is rounded to T before it multiplies, but for swiglu_oai.
+template <class T, int V>
+__device__ __forceinline__ Vector<T, V> gated(Vector<T, V> gate, const Vector<T, V>& up, Activation name) {
+#pragma unroll
+  for (int j = 0; j < V; ++j) {
+    const float x = to_float(gate.v[j]), by = to_float(up.v[j]);
+    gate.v[j] = from_float<T>(name == Activation::swiglu_oai ? swiglu_oai(x, by)
+                                                             : to_float(from_float<T>(activate(x, name))) * by);
+  }
+  return gate;
+}
+
 // Grid: (pieces of a row, rows). Threads: 256. Moves 3 * size values a row.
 template <class T, int V> __global__ void __launch_bounds__(256) gate_kernel(GateParams<T> p) {
   const int i = (blockIdx.x * blockDim.x + threadIdx.x) * V;
   if (i >= p.size) return;
   for (int64_t row = blockIdx.y; row < p.rows; row += gridDim.y) {
     const T* gate = p.gate_up + row * p.row_stride + i;
-    Vector<T, V> a = load<T, V>(gate);
-    const Vector<T, V> b = load<T, V>(gate + p.size);
-#pragma unroll
-    for (int j = 0; j < V; ++j) {
-      const float x = to_float(a.v[j]), up = to_float(b.v[j]);
-      const bool oai = p.name == Activation::swiglu_oai;
-      a.v[j] = from_float<T>(oai ? swiglu_oai(x, up) : to_float(from_float<T>(activate(x, p.name))) * up);
-    }
-    store<T, V>(p.out + row * p.size + i, a);
+    store<T, V>(p.out + row * p.size + i, gated(load<T, V>(gate), load<T, V>(gate + p.size), p.name));
   }
 }
 

@@ -6,9 +6,9 @@
 // Scales are [num_blocks, num_kv_heads, block_size, kv_numbers(form)] float32.
 #pragma once
 
-#include <primitives.cuh>
-
 #include <cmath>
+
+#include "small_floats.cuh"
 
 namespace cuda_ops {
 
@@ -85,10 +85,7 @@ template <> struct CodePairs<fp16, Form::fp8> {
 };
 template <> struct CodePairs<bf16, Form::fp8> {
   static constexpr float kCenter = 0.0f, kUnit = 1.0f;
-  // The exponent's bias is 120 more.
-  __device__ __forceinline__ static uint32_t make(uint32_t x) {
-    return multiply_pairs<bf16>((x & 0x00800080) << 8 | (x & 0x007F007F) << 4, 0x7B807B80);
-  }
+  __device__ __forceinline__ static uint32_t make(uint32_t x) { return small_floats<bf16, E4M3>(x); }
 };
 
 }  // namespace cuda_ops

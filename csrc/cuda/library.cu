@@ -32,6 +32,12 @@ extern "C" __attribute__((visibility("default"), used)) const char cuda_ops_tabl
     "rope_write_kv head_dim any\n"
     "rope_write_kv rotary_dim any\n"
     "rope_write_kv kv_dtype int8 int4 fp8\n"
+    "add_rms_norm_for dtype" CUDA_OPS_HALVES
+    "add_rms_norm_for weight_offset any\n"
+    "add_rms_norm_for weights w8a8 fp8\n"
+    "act_and_mul_for dtype" CUDA_OPS_HALVES
+    "act_and_mul_for activation silu gelu gelu_tanh relu swiglu_oai\n"
+    "act_and_mul_for weights w8a8 fp8\n"
     "act_and_mul dtype" CUDA_OPS_FLOATS
     "act_and_mul activation silu gelu gelu_tanh relu swiglu_oai\n"
     "linear weights w4a16 w8a8 fp8 mxfp4\n"

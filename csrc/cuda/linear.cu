@@ -1,15 +1,13 @@
 // The ops linear and expert_linear: checks, splits and launch of products with weights that product_kernel streams.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
 #include <optional>
 #include <string>
 
 #include "product.h"
-#include "quantize.cuh"
-#include "tensors.h"
+#include "splits.h"
 
 namespace cuda_ops {
 namespace {
@@ -33,11 +31,16 @@ Format format_of(const std::string& name) {
   return {ScalarType::Float, 4, 1, product_tile<16, 64, 128>, launch_product_int8};
 }
 
-// What all products have in common. scales: [experts, rows, padded_out], as ProductParams has them.
+// What all products have in common. scales: [experts, rows, padded_out], as ProductParams has them. x of int8 weights: codes
+// that the op quantize made, and x_scales [rows].
 ProductParams params_of(const Tensor& x, const std::string& weights, const Format& format, const Tensor& codes,
-                        const std::optional<Tensor>& scales, const std::optional<Tensor>& bias, int64_t out_features) {
+                        const std::optional<Tensor>& scales, const std::optional<Tensor>& bias,
+                        const std::optional<Tensor>& x_scales, const Tensor& out) {
   check_dense_rows(x, 2, "x");
-  const int64_t in_features = x.size(1), chunks = ceil_div(in_features * format.value_bytes, kChunkBytes);
+  STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous() && out.get_device_index() == x.get_device_index() &&
+                      x.scalar_type() == (weights == "int8" ? ScalarType::Char : out.scalar_type()),
+                  "out: expected 2 dimensions, contiguous, the dtype of x, which is int8 for such weights");
+  const int64_t in_features = x.size(1), out_features = out.size(1), chunks = ceil_div(in_features * format.value_bytes, kChunkBytes);
   STD_TORCH_CHECK(codes.dim() == 6, "codes: ", codes.dim(), " dimensions; expected 6");
   const int64_t experts = codes.size(0), padded = codes.size(1) * 16;
   STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Int && codes.is_contiguous() && codes.size(2) == chunks &&
@@ -73,12 +76,18 @@ ProductParams params_of(const Tensor& x, const std::string& weights, const Forma
                     " columns; expected one, or groups of a multiple of 64");
   }
   if (bias) {
-    check_like(*bias, x, "bias", "x");
+    check_like(*bias, out, "bias", "out");
     STD_TORCH_CHECK(bias->is_contiguous() && bias->dim() == 2 && bias->size(0) == experts &&
                         bias->size(1) == out_features, "bias: expected [", experts, ", ", out_features, "]");
     p.bias = bias->const_data_ptr();
   }
+  if (weights == "int8") {
+    STD_TORCH_CHECK(x_scales && x_scales->scalar_type() == ScalarType::Float, "x_scales: expected float32 with int8 x");
+    check_vector(*x_scales, x.size(0), "x_scales");
+    p.x_scales = data<float>(*x_scales);
+  }
   p.x = x.const_data_ptr();
+  p.out = out.mutable_data_ptr();
   p.codes = static_cast<const uint4*>(codes.const_data_ptr());
   p.x_stride = x.stride(0);
   p.num_tokens = static_cast<int>(x.size(0));
@@ -92,95 +101,53 @@ ProductParams params_of(const Tensor& x, const std::string& weights, const Forma
   return p;
 }
 
-// x rounded to 8-bit integers and its scales, which p takes in its place.
-std::pair<Tensor, Tensor> quantize(const Tensor& x, const std::optional<Tensor>& input_scale, const Place& place,
-                                   ProductParams& p) {
-  const int64_t padded = p.num_chunks * int64_t{kChunkBytes};
-  Tensor codes = torch::stable::new_empty(x, {p.num_tokens, padded}, ScalarType::Char);
-  Tensor scales = torch::stable::new_empty(x, {input_scale ? 0 : p.num_tokens}, ScalarType::Float);
-  if (input_scale)
-    STD_TORCH_CHECK(input_scale->scalar_type() == ScalarType::Float && input_scale->numel() == 1,
-                    "input_scale: expected one float32");
-  const float* one = input_scale ? data<float>(*input_scale) : nullptr;
-  const QuantizeParams own{p.x, one, static_cast<unsigned char*>(codes.mutable_data_ptr()), mutable_data<float>(scales),
-                           p.x_stride, p.in_features, static_cast<int>(padded), 0};
-  with_half(x.scalar_type(), "x", [&]<class Tagged>(Tagged) {
-    launch(quantize_rows_kernel<typename Tagged::type, false>, dim3(static_cast<unsigned>(p.num_tokens)),
-           dim3(kQuantizeThreads), kQuantizeThreads / 32 * sizeof(float), place, own);
-  });
-  p.x = codes.const_data_ptr();
-  p.x_stride = padded;
-  p.in_features = static_cast<int>(padded);
-  p.x_scales = one ? one : data<float>(scales);
-  p.one_x_scale = one != nullptr;
-  return {codes, scales};
-}
-
-// codes: [1, padded_out / 16, chunks, pieces, 32, 4]; scales: [1, rows, padded_out]; bias: [1, out_features].
-// input_scale: of int8 weights, a float32 that all inputs are divided by; null: each row has its own. arrived: int32
+// codes: [1, padded_out / 16, chunks, pieces, 32, 4]; scales: [1, rows, padded_out]; bias: [1, out_features]. arrived: int32
 // zeros; zeros again afterwards.
-Tensor linear(const Tensor& x, std::string weights, const Tensor& codes, const std::optional<Tensor>& scales,
-              const std::optional<Tensor>& bias, const std::optional<Tensor>& input_scale, const Tensor& arrived,
-              int64_t out_features) {
+void linear(const Tensor& x, std::string weights, const Tensor& codes, const std::optional<Tensor>& scales,
+            const std::optional<Tensor>& bias, const std::optional<Tensor>& x_scales, const Tensor& arrived,
+            const Tensor& out) {
   const Format format = format_of(weights);
-  ProductParams p = params_of(x, weights, format, codes, scales, bias, out_features);
+  ProductParams p = params_of(x, weights, format, codes, scales, bias, x_scales, out);
   STD_TORCH_CHECK(codes.size(0) == 1, "codes: ", codes.size(0), " weights; expected one");
-  Tensor out = torch::stable::new_empty(x, {p.num_tokens, out_features});
-  if (p.num_tokens == 0) return out;
+  check_size(out, 0, p.num_tokens, "out");
+  if (p.num_tokens == 0) return;
   const Place place(x.get_device_index());
-  std::optional<std::pair<Tensor, Tensor>> quantized;
-  if (weights == "int8") quantized = quantize(x, input_scale, place, p);
-  const int64_t row_tiles = p.padded_out / kProductRows;
-  const int64_t wanted = std::clamp<int64_t>(ceil_div(multiprocessors(place.device), row_tiles), 1,
-                                             std::max(1, p.num_chunks / kLeastChunks));
-  p.chunks_of_split = static_cast<int>(ceil_div(p.num_chunks, wanted));
-  p.splits = static_cast<int>(ceil_div(p.num_chunks, p.chunks_of_split));
   const int tile = format.tile(p.num_tokens);
-  const int64_t tiles = ceil_div(p.num_tokens, tile);
-  STD_TORCH_CHECK(arrived.scalar_type() == ScalarType::Int && arrived.is_contiguous() &&
-                      arrived.numel() >= row_tiles * tiles, "arrived: expected at least ", row_tiles * tiles, " int32");
-  Tensor partial =
-      torch::stable::new_empty(x, {p.splits > 1 ? p.splits * int64_t{p.num_tokens} * p.padded_out : 0}, ScalarType::Int);
-  p.out = out.mutable_data_ptr();
-  p.partial = partial.mutable_data_ptr();
-  p.arrived = mutable_data<int32_t>(arrived);
-  format.launch(x.scalar_type(), tile, static_cast<int>(tiles), place, p);
-  return out;
+  const int64_t row_tiles = p.padded_out / kProductRows, tiles = ceil_div(p.num_tokens, tile);
+  split_columns(p, row_tiles, kLeastChunks, place);
+  const Tensor partial = sums_of_splits(p, row_tiles * tiles, x, arrived);
+  format.launch(out.scalar_type(), tile, static_cast<int>(tiles), place, p);
 }
 
 // Each slot's row by its expert's weight. slots: [tiles, tile], tile_experts: [tiles], as sort_slots makes them; slot s is
-// row s / slots_of_row of x. Returns [num_slots, out_features]; rows of slots that no tile has are not written.
-Tensor expert_linear(const Tensor& x, std::string weights, const Tensor& codes, const std::optional<Tensor>& scales,
-                     const std::optional<Tensor>& bias, const Tensor& slots, const Tensor& tile_experts,
-                     int64_t slots_of_row, int64_t out_features) {
+// row s / slots_of_row of x. out: [num_slots, out_features]; rows of slots that no tile has are not written.
+void expert_linear(const Tensor& x, std::string weights, const Tensor& codes, const std::optional<Tensor>& scales,
+                   const std::optional<Tensor>& bias, const std::optional<Tensor>& x_scales, const Tensor& slots,
+                   const Tensor& tile_experts, int64_t slots_of_row, const Tensor& out) {
   const Format format = format_of(weights);
-  ProductParams p = params_of(x, weights, format, codes, scales, bias, out_features);
+  ProductParams p = params_of(x, weights, format, codes, scales, bias, x_scales, out);
   STD_TORCH_CHECK(slots_of_row >= 1, "slots_of_row: ", slots_of_row, "; expected at least 1");
-  Tensor out = torch::stable::new_empty(x, {p.num_tokens * slots_of_row, out_features});
+  check_size(out, 0, p.num_tokens * slots_of_row, "out");
   STD_TORCH_CHECK(slots.scalar_type() == ScalarType::Int && slots.dim() == 2 && slots.is_contiguous(),
                   "slots: expected [tiles, tile] int32, contiguous");
   const int64_t tiles = slots.size(0);
   p.tile_experts = int32s(tile_experts, tiles, "tile_experts");
   p.slots = data<int32_t>(slots);
   p.slots_of_row = static_cast<int>(slots_of_row);
-  if (p.num_tokens == 0) return out;
+  if (p.num_tokens == 0) return;
   const Place place(x.get_device_index());
-  std::optional<std::pair<Tensor, Tensor>> quantized;
-  if (weights == "int8") quantized = quantize(x, std::nullopt, place, p);
-  p.out = out.mutable_data_ptr();
-  format.launch(x.scalar_type(), static_cast<int>(slots.size(1)), static_cast<int>(tiles), place, p);
-  return out;
+  format.launch(out.scalar_type(), static_cast<int>(slots.size(1)), static_cast<int>(tiles), place, p);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(cuda_ops, library) {
   library.def(
-      "linear(Tensor x, str weights, Tensor codes, Tensor? scales, Tensor? bias, Tensor? input_scale, "
-      "Tensor(a!) arrived, int out_features) -> Tensor");
+      "linear(Tensor x, str weights, Tensor codes, Tensor? scales, Tensor? bias, Tensor? x_scales, "
+      "Tensor(a!) arrived, Tensor(b!) out) -> ()");
   library.def(
-      "expert_linear(Tensor x, str weights, Tensor codes, Tensor? scales, Tensor? bias, Tensor slots, "
-      "Tensor tile_experts, int slots_of_row, int out_features) -> Tensor");
+      "expert_linear(Tensor x, str weights, Tensor codes, Tensor? scales, Tensor? bias, Tensor? x_scales, "
+      "Tensor slots, Tensor tile_experts, int slots_of_row, Tensor(a!) out) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(cuda_ops, CUDA_OPS_DISPATCH_KEY, library) {

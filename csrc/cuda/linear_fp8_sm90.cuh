@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(Fp8Shape<TOKENS>::kThreads, Fp8Shape<TOKENS>::
   store_sums(own, tile, Shape::kOutStride, reinterpret_cast<int*>(empty + Shape::kStages), thread, Shape::kGroups * 128,
              sync, [&](int token, int row, float sum) {
                const int64_t at = first_token + token;
-               if constexpr (!BLOCKS) sum = multiply(multiply(sum, p.x_scales[p.one_x_scale ? 0 : at]), p.scales[row]);
+               if constexpr (!BLOCKS) sum = multiply(multiply(sum, p.x_scales[at]), p.scales[row]);
                if (p.bias) sum = add(sum, to_float(static_cast<const T*>(p.bias)[row]));
                static_cast<T*>(p.out)[at * p.out_features + row] = from_float<T>(sum);
              });

@@ -89,13 +89,11 @@ Tensor combine(const Tensor& outputs, const Tensor& weights, const Tensor& ids) 
     using T = typename Tagged::type;
     const CombineParams<T> p{data<T>(outputs), data<float>(weights), data<int64_t>(ids), mutable_data<T>(out), tokens,
                              static_cast<int>(size), static_cast<int>(weights.size(1))};
-    const auto run = [&](auto width) {
+    with_width<T>(size % 8 == 0 && divides_16(outputs), [&](auto width) {
       const dim3 grid(static_cast<unsigned>(ceil_div(size, 256 * width.value)),
                       static_cast<unsigned>(std::min<int64_t>(tokens, 65535)));
       launch(combine_kernel<T, width.value>, grid, dim3(256), 0, place, p);
-    };
-    if (size % 8 == 0 && divides_16(outputs)) return run(std::integral_constant<int, 8>{});
-    run(std::integral_constant<int, 1>{});
+    });
   });
   return out;
 }

@@ -2,9 +2,9 @@
 // token's outputs. Contracts: engines/ops/moe.py. A slot is one of the top_k experts of a token: token * top_k + choice.
 #pragma once
 
-#include <primitives.cuh>
-
 #include <cmath>
+
+#include "vectors.cuh"
 
 namespace cuda_ops {
 
@@ -185,8 +185,6 @@ template <class T> struct CombineParams {
   int size, top_k;
 };
 
-template <class T, int V> struct alignas(sizeof(T) * V) Several { T v[V]; };
-
 // Grid: (columns / (256 V), tokens or fewer). Threads: 256, with V columns each. Products and sums in float32, in the order
 // of the choices. Moves the outputs and the result once.
 template <class T, int V> __global__ void __launch_bounds__(256) combine_kernel(CombineParams<T> p) {
@@ -198,14 +196,14 @@ template <class T, int V> __global__ void __launch_bounds__(256) combine_kernel(
       const int64_t slot = token * p.top_k + i;
       if (p.ids[slot] < 0) continue;
       const float weight = p.weights[slot];
-      const auto own = *reinterpret_cast<const Several<T, V>*>(p.outputs + slot * p.size + column);
+      const Vector<T, V> own = load<T, V>(p.outputs + slot * p.size + column);
 #pragma unroll
       for (int j = 0; j < V; ++j) sums[j] = add(sums[j], multiply(to_float(own.v[j]), weight));
     }
-    Several<T, V> result;
+    Vector<T, V> result;
 #pragma unroll
     for (int j = 0; j < V; ++j) result.v[j] = from_float<T>(sums[j]);
-    *reinterpret_cast<Several<T, V>*>(p.out + token * p.size + column) = result;
+    store<T, V>(p.out + token * p.size + column, result);
   }
 }
 

@@ -157,7 +157,7 @@ __global__ void __launch_bounds__(ProductShape<Format, TOKENS>::kThreads) produc
                if (at < 0) return;
                float value = static_cast<float>(sum);
                if constexpr (__is_same(Sum, int))
-                 value = multiply(multiply(value, p.x_scales[p.one_x_scale ? 0 : rows[token]]),
+                 value = multiply(multiply(value, p.x_scales[rows[token]]),
                                   static_cast<const float*>(p.scales)[expert * p.padded_out + row]);
                if (bias) value = add(value, to_float(bias[row]));
                static_cast<T*>(p.out)[static_cast<int64_t>(at) * p.out_features + row] = from_float<T>(value);

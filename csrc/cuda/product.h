@@ -20,7 +20,7 @@ struct ProductParams {
   const void* scales;       // w4: [experts, groups, padded_out] uint32, upper half scale, 16 bits, lower half zero;
                             // fp8: [experts, groups, padded_out] float;
                             // mxfp4: [experts, 2 * chunks, padded_out] uint8 exponents; int8: [experts, padded_out] float
-  const float* x_scales;    // int8: [rows], or one for all
+  const float* x_scales;    // int8: [rows]
   const void* bias;         // [experts, out_features] or null
   void* out;                // [num_tokens, out_features]
   void* partial;            // [splits, num_tokens, padded_out] of 32 bits, unused for one split
@@ -36,7 +36,6 @@ struct ProductParams {
   int splits, chunks_of_split;  // of the columns
   int slots_of_row;
   bool scales_are_bf16;         // w4; else float16
-  bool one_x_scale;
 };
 
 // Tokens of a tile for so many tokens: the least that holds them, else the largest.

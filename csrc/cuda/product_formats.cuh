@@ -7,6 +7,7 @@
 #pragma once
 
 #include "product.h"
+#include "small_floats.cuh"
 
 namespace cuda_ops {
 
@@ -32,14 +33,27 @@ struct Unscaled {
   __device__ __forceinline__ static void copy_scales(unsigned char*, const ProductParams&, int, int, int) {}
 };
 
-// 16-bit values.
-template <class T_> struct Dense : Unscaled {
-  using T = T_;
+// Inputs of 16 bits.
+template <class T> struct HalfInputs {
   using Sum = float;
   static constexpr int kValueBytes = 2;
   __device__ __forceinline__ static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
     multiply_add<T>(d, a, b0, b1);
   }
+};
+
+// Those, with a scale for each group of p.group_size columns, which multiplies a group's sum in float32.
+template <class T> struct Grouped : HalfInputs<T> {
+  static constexpr bool kScaled = true;
+  // Whether a group ends with these columns.
+  __device__ __forceinline__ static bool ends(const ProductParams& p, int through) {
+    return through % p.group_size == 0;
+  }
+};
+
+// 16-bit values.
+template <class T_> struct Dense : Unscaled, HalfInputs<T_> {
+  using T = T_;
 };
 
 // Signed 8-bit integers for inputs that are such too: exact sums, multiplied by both scales when they are stored.
@@ -68,11 +82,9 @@ template <> struct Magic<fp16> { static constexpr uint32_t kPair = 0x64006400; }
 
 // 4-bit integers with a scale and a zero for each group of columns (AWQ, GPTQ): code - zero is exact in T, and the scale
 // multiplies a group's sum in float32, so that no weight is rounded.
-template <class T_> struct W4 {
+template <class T_> struct W4 : Grouped<T_> {
   using T = T_;
-  using Sum = float;
-  static constexpr bool kScaled = true;
-  static constexpr int kValueBytes = 2, kPieces = 1, kScaleBytes = 2 * kProductRows * 4;
+  static constexpr int kPieces = 1, kScaleBytes = 2 * kProductRows * 4;
 
   __device__ __forceinline__ static void copy_scales(unsigned char* to, const ProductParams& p, int expert, int row,
                                                      int chunk) {
@@ -103,37 +115,16 @@ template <class T_> struct W4 {
         to[j] = subtract_pairs<T>((this->word(step) >> (4 * j) & 0x000F000Fu) | Magic<T>::kPair, row.zeros[j % 2]);
     }
   };
-  __device__ __forceinline__ static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    multiply_add<T>(d, a, b0, b1);
-  }
-  // Whether a group ends with these columns.
-  __device__ __forceinline__ static bool ends(const ProductParams& p, int through) {
-    return through % p.group_size == 0;
-  }
   __device__ __forceinline__ static float scale(const unsigned char* group, int row, const ProductParams& p) {
     const uint32_t own = reinterpret_cast<const uint32_t*>(group)[row];
     return p.scales_are_bf16 ? bits_float(own & 0xFFFF0000u) : half_bits_to_float(static_cast<uint16_t>(own >> 16));
   }
 };
 
-// An E2M1 code (OCP MX specification 1.0, section 5.3.3) whose exponent and mantissa lie at the upper end of T's mantissa
-// is 2^-126 of its value in bfloat16, 2^-14 in float16: the lowest exponents, subnormal numbers as well.
-template <class T> struct Single;
-template <> struct Single<bf16> {
-  static constexpr int kShift = 6;
-  static constexpr uint32_t kPower = 0x7E807E80;  // 2^126
-};
-template <> struct Single<fp16> {
-  static constexpr int kShift = 9;
-  static constexpr uint32_t kPower = 0x74007400;  // 2^14
-};
-
 // 4-bit floats in groups of 32 columns that share a power of two, which multiplies a group's sum in float32.
-template <class T_> struct Mxfp4 {
+template <class T_> struct Mxfp4 : Grouped<T_> {
   using T = T_;
-  using Sum = float;
-  static constexpr bool kScaled = true;
-  static constexpr int kValueBytes = 2, kPieces = 1, kScaleBytes = 2 * kProductRows;
+  static constexpr int kPieces = 1, kScaleBytes = 2 * kProductRows;
   using Row = NoRow;
 
   __device__ __forceinline__ static void copy_scales(unsigned char* to, const ProductParams& p, int expert, int row,
@@ -153,16 +144,9 @@ template <class T_> struct Mxfp4 {
     using FourBitCodes::FourBitCodes;
     __device__ __forceinline__ void fragment(uint32_t (&to)[4], int step, NoRow) const {
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint32_t code = this->word(step) >> (4 * j);
-        const uint32_t bits = (code & 0x00070007u) << Single<T>::kShift | (code & 0x00080008u) << 12;
-        to[j] = multiply_pairs<T>(bits, Single<T>::kPower);
-      }
+      for (int j = 0; j < 4; ++j) to[j] = small_floats<T, E2M1>(this->word(step) >> (4 * j));
     }
   };
-  __device__ __forceinline__ static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    multiply_add<T>(d, a, b0, b1);
-  }
   __device__ __forceinline__ static bool ends(const ProductParams&, int) { return true; }
   __device__ __forceinline__ static float scale(const unsigned char* group, int row, const ProductParams&) {
     const uint32_t exponent = group[row];
@@ -170,24 +154,10 @@ template <class T_> struct Mxfp4 {
   }
 };
 
-// An E4M3 number whose exponent and mantissa lie at the upper end of T's mantissa is 2^-120 of its value in bfloat16, 2^-8 in
-// float16. NaN, which has no bits of its own there, becomes 480.
-template <class T> struct Eighth;
-template <> struct Eighth<bf16> {
-  static constexpr int kShift = 4;
-  static constexpr uint32_t kPower = 0x7B807B80;  // 2^120
-};
-template <> struct Eighth<fp16> {
-  static constexpr int kShift = 7;
-  static constexpr uint32_t kPower = 0x5C005C00;  // 2^8
-};
-
 // 8-bit floats for 16-bit inputs, with a scale for each group of columns, which multiplies a group's sum in float32.
-template <class T_> struct Fp8 {
+template <class T_> struct Fp8 : Grouped<T_> {
   using T = T_;
-  using Sum = float;
-  static constexpr bool kScaled = true;
-  static constexpr int kValueBytes = 2, kPieces = 2, kScaleBytes = kProductRows * 4;
+  static constexpr int kPieces = 2, kScaleBytes = kProductRows * 4;
   using Row = NoRow;
 
   __device__ __forceinline__ static void copy_scales(unsigned char* to, const ProductParams& p, int expert, int row,
@@ -212,18 +182,10 @@ template <class T_> struct Fp8 {
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
         const uint32_t word = step % 2 ? (j < 2 ? four.z : four.w) : (j < 2 ? four.x : four.y);
-        const uint32_t code = word >> (j % 2 * 8);
-        to[j] = multiply_pairs<T>((code & 0x007F007Fu) << Eighth<T>::kShift | (code & 0x00800080u) << 8,
-                                  Eighth<T>::kPower);
+        to[j] = small_floats<T, E4M3>(word >> (j % 2 * 8));
       }
     }
   };
-  __device__ __forceinline__ static void multiply(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    multiply_add<T>(d, a, b0, b1);
-  }
-  __device__ __forceinline__ static bool ends(const ProductParams& p, int through) {
-    return through % p.group_size == 0;
-  }
   __device__ __forceinline__ static float scale(const unsigned char* group, int row, const ProductParams&) {
     return reinterpret_cast<const float*>(group)[row];
   }

@@ -11,7 +11,7 @@ from engines import extension
 from engines.cpu.compiled import ACTIVATIONS
 from engines.ops import OpSet
 from engines.ops import linear as reference
-from engines.ops.linear import LinearWeight
+from engines.ops.linear import Inputs, LinearWeight
 from engines.ops.quantized import Int8Weight, QuantizedWeight
 
 INT8_ROWS = 256
@@ -83,12 +83,15 @@ def prepare_quantized(self: OpSet, weight: QuantizedWeight, bias: Tensor | None,
     return LinearWeight(data, bias, weight.shape[1], weight.shape[0])
 
 
-def linear(x: Tensor, weight: LinearWeight) -> Tensor:
+def linear(x: Inputs, weight: LinearWeight) -> Tensor:
     """As the reference, but that oneDNN's sums of integers for bfloat16 are rounded before and after the token's scale.
 
     A token's bits do not depend on the others, but for float32 that is not packed.
     """
     data = weight.data
+    if isinstance(data, Int8Weight):
+        return reference.linear(x, weight)
+    assert isinstance(x, Tensor)
     if isinstance(data, PackedWeight):
         return _packed_linear(x, data, weight.bias, weight.out_features)
     if isinstance(data, PanelWeight):
@@ -104,7 +107,7 @@ def linear(x: Tensor, weight: LinearWeight) -> Tensor:
     return result
 
 
-def mlp(self: OpSet, x: Tensor, up: LinearWeight, down: LinearWeight, activation: str, gated: bool) -> Tensor:
+def mlp(self: OpSet, x: Inputs, up: LinearWeight, down: LinearWeight, activation: str, gated: bool) -> Tensor:
     """As the reference. Packed weights: what is between the products stays in the cache."""
     first, second = up.data, down.data
     whole_tiles = down.in_features % 16 == 0 or not gated
@@ -112,6 +115,7 @@ def mlp(self: OpSet, x: Tensor, up: LinearWeight, down: LinearWeight, activation
         return reference.mlp(self, x, up, down, activation, gated)
     if (first.scales is None) != (second.scales is None):
         return reference.mlp(self, x, up, down, activation, gated)
+    assert isinstance(x, Tensor)
     result: Tensor = torch.ops.cpu_ops.mlp_packed(
         x,
         first.data,

@@ -16,7 +16,7 @@ from engines.batch import Batch
 from engines.cuda.experts import PackedExperts, pack_experts
 from engines.cuda.quantized import Fp8Weight, PackedWeight, pack, pack_fp8
 from engines.ops.kv_cache import KVCache, LatentCache, QuantizedKVCache
-from engines.ops.linear import LinearWeight
+from engines.ops.linear import Inputs, LinearWeight, Quantized
 from engines.ops.moe import Experts, Projection
 from engines.ops.quantized import Float8Weight, Int8Weight, QuantizedWeight
 from engines.ops.sampling import SamplingBatch
@@ -90,30 +90,60 @@ class OpSet(ops.OpSet):
             return super().prepare_quantized(weight, bias, dtype)
         return LinearWeight(packed, bias, weight.shape[1], weight.shape[0])
 
-    def linear(self, x: Tensor, weight: LinearWeight) -> Tensor:
+    def linear(self, x: Inputs, weight: LinearWeight) -> Tensor:
         """As the reference. 4-bit weights are not rounded: codes (less zeros) are exact, a group's sum times its scale
         is float32. On sm_90a inputs of 8-bit floats are rounded to such. A token's bits do not depend on the batch."""
         packed = weight.data
-        if isinstance(packed, Fp8Weight):
-            scaled: Tensor = torch.ops.cuda_ops.linear_fp8(
-                _aligned(x), packed.codes, packed.scales, weight.bias, packed.input_scale, self._counters(x.device)
-            )
-            return scaled
-        if not isinstance(packed, PackedWeight):
+        if not isinstance(packed, Fp8Weight | PackedWeight):
             return super().linear(x, weight)
-        if packed.permutation is not None:
+        if isinstance(packed, PackedWeight) and packed.permutation is not None:
+            assert isinstance(x, Tensor)
             x = x.index_select(1, packed.permutation)
-        result: Tensor = torch.ops.cuda_ops.linear(
-            _aligned(x),
-            packed.format,
-            packed.codes,
-            packed.scales,
-            None if weight.bias is None else weight.bias[None],
-            packed.input_scale,
-            self._counters(x.device),
-            weight.out_features,
+        rows, scales = _inputs_of(x, packed)
+        out = torch.empty((len(rows), weight.out_features), dtype=x.dtype, device=rows.device)
+        arrived = self._counters(rows.device)
+        if isinstance(packed, Fp8Weight):
+            torch.ops.cuda_ops.linear_fp8(rows, packed.codes, packed.scales, weight.bias, scales, arrived, out)
+            return out
+        bias = None if weight.bias is None else weight.bias[None]
+        torch.ops.cuda_ops.linear(rows, packed.format, packed.codes, packed.scales, bias, scales, arrived, out)
+        return out
+
+    def add_rms_norm_for(
+        self,
+        x: Tensor,
+        residual: Tensor,
+        norm_weight: Tensor,
+        eps: float,
+        weight_offset: float,
+        product: LinearWeight,
+    ) -> tuple[Inputs, Tensor]:
+        """As the reference; in one pass where the product takes 8 bits."""
+        packed = product.data
+        given = (x, residual, norm_weight)
+        whole = all(t.is_contiguous() and t.data_ptr() % 16 == 0 for t in given)
+        if not (isinstance(packed, Fp8Weight | PackedWeight) and packed.rounding and whole):
+            return super().add_rms_norm_for(x, residual, norm_weight, eps, weight_offset, product)
+        codes, scales, total = torch.ops.cuda_ops.add_rms_norm_quantize(
+            *given, eps, weight_offset, packed.rounding, packed.input_scale
         )
-        return result
+        return Quantized(codes, scales, x.dtype), total
+
+    def act_and_mul_for(self, gate_up: Tensor, name: str, product: LinearWeight) -> Inputs:
+        """As the reference; in one pass where the product takes 8 bits."""
+        packed = product.data
+        if not isinstance(packed, Fp8Weight | PackedWeight):
+            return super().act_and_mul_for(gate_up, name, product)
+        return self._gated(gate_up, name, packed)
+
+    def _gated(self, gate_up: Tensor, name: str, packed: Fp8Weight | PackedWeight) -> Inputs:
+        """act_and_mul, as `packed` takes it."""
+        if packed.rounding is None:
+            return self.act_and_mul(gate_up, name)
+        codes, scales = torch.ops.cuda_ops.act_and_mul_quantize(
+            _aligned(gate_up), name, packed.rounding, packed.input_scale
+        )
+        return Quantized(codes, scales, gate_up.dtype)
 
     def prepare_experts(self, gate_up: Sequence[Projection], down: Sequence[Projection], dtype: torch.dtype) -> Experts:
         """As the reference; stacked for one launch a projection where dtype is a 16-bit float. Integers whose inputs
@@ -132,7 +162,7 @@ class OpSet(ops.OpSet):
         outer, inner = gate_up.tile(ids.numel()), down.tile(ids.numel())
         ids = ids.contiguous()
         slots = torch.ops.cuda_ops.sort_slots(ids, experts.num_experts, outer)
-        hidden = self.act_and_mul(_expert_linear(x, gate_up, slots, top_k), activation)
+        hidden = self._gated(_expert_linear(x, gate_up, slots, top_k), activation, down.weight)
         if inner != outer:
             slots = torch.ops.cuda_ops.sort_slots(ids, experts.num_experts, inner)
         result: Tensor = torch.ops.cuda_ops.combine(_expert_linear(hidden, down, slots, 1), weights.contiguous(), ids)
@@ -266,21 +296,26 @@ def _even(q: Tensor) -> Tensor:
     return q if fits else q.clone(memory_format=torch.contiguous_format)
 
 
-def _expert_linear(x: Tensor, experts: PackedExperts, slots: tuple[Tensor, Tensor], slots_of_row: int) -> Tensor:
+def _inputs_of(x: Inputs, packed: Fp8Weight | PackedWeight) -> tuple[Tensor, Tensor | None]:
+    """(rows as `packed` takes them, their scales where they are codes)."""
+    if isinstance(x, Quantized):
+        return x.codes, x.scales
+    if packed.rounding is None:
+        return _aligned(x), None
+    codes, scales = torch.ops.cuda_ops.quantize(_aligned(x), packed.rounding, packed.input_scale)
+    return codes, scales
+
+
+def _expert_linear(x: Inputs, experts: PackedExperts, slots: tuple[Tensor, Tensor], slots_of_row: int) -> Tensor:
     weight = experts.weight
-    if x.shape[1] % 8:
+    if isinstance(x, Tensor) and x.shape[1] % 8:
         x = functional.pad(x, (0, -x.shape[1] % 8))
-    result: Tensor = torch.ops.cuda_ops.expert_linear(
-        _aligned(x),
-        weight.format,
-        weight.codes,
-        weight.scales,
-        experts.bias,
-        *slots,
-        slots_of_row,
-        experts.out_features,
+    rows, scales = _inputs_of(x, weight)
+    out = torch.empty((len(rows) * slots_of_row, experts.out_features), dtype=x.dtype, device=rows.device)
+    torch.ops.cuda_ops.expert_linear(
+        rows, weight.format, weight.codes, weight.scales, experts.bias, scales, *slots, slots_of_row, out
     )
-    return result
+    return out
 
 
 def _aligned(x: Tensor) -> Tensor:

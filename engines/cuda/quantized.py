@@ -25,6 +25,11 @@ class Fp8Weight:
     """[ceil(out_features / 128), in_features / 128] or [out_features] float32"""
     input_scale: Tensor | None
 
+    @property
+    def rounding(self) -> str:
+        """What inputs are rounded to, as the op quantize names it: by token, or by token and 128 columns."""
+        return "e4m3 128" if self.scales.dim() == 2 else "e4m3"
+
 
 @dataclass(frozen=True)
 class PackedWeight:
@@ -41,6 +46,11 @@ class PackedWeight:
     """[in_features] int64: the input that column j multiplies."""
     input_scale: Tensor | None = None
     """Of int8; None: each token's own."""
+
+    @property
+    def rounding(self) -> str | None:
+        """As Fp8Weight has it; None: inputs are taken as they are."""
+        return "int8" if self.format == "int8" else None
 
 
 def pack(weight: QuantizedWeight) -> PackedWeight | None:

@@ -30,6 +30,12 @@ rope_write_kv dtype float32 bfloat16 float16
 rope_write_kv head_dim any
 rope_write_kv rotary_dim any
 rope_write_kv kv_dtype int8 int4 fp8
+add_rms_norm_for dtype bfloat16 float16
+add_rms_norm_for weight_offset any
+add_rms_norm_for weights w8a8 fp8
+act_and_mul_for dtype bfloat16 float16
+act_and_mul_for activation silu gelu gelu_tanh relu swiglu_oai
+act_and_mul_for weights w8a8 fp8
 act_and_mul dtype float32 bfloat16 float16
 act_and_mul activation silu gelu gelu_tanh relu swiglu_oai
 linear weights w4a16 w8a8 fp8 mxfp4

@@ -11,6 +11,7 @@ from engines.layers.rotary import Rotation
 from engines.models.spec import DecoderSpec, EncoderSpec
 from engines.ops import OpSet
 from engines.ops.kv_cache import KVCache, QuantizedKVCache
+from engines.ops.linear import Inputs, LinearWeight
 from engines.parallel.place import scaled
 from engines.weights import LinearSource, Weights
 
@@ -41,7 +42,12 @@ class Attention:
             for which in (("q_norm", "k_norm") if spec.qk_norm else ())
         ]
 
-    def forward(self, x: Tensor, batch: Batch, cache: KVCache | QuantizedKVCache, rotation: Rotation) -> Tensor:
+    @property
+    def takes(self) -> LinearWeight | None:
+        """As Linear has it, of what `forward` takes."""
+        return self.qkv_proj.takes
+
+    def forward(self, x: Inputs, batch: Batch, cache: KVCache | QuantizedKVCache, rotation: Rotation) -> Tensor:
         """x: [num_tokens, hidden_size]; returns the same shape. Modifies cache."""
         qkv = self.qkv_proj.forward(x, batch.adapter_ids).split(self.sizes, dim=1)
         q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in qkv)

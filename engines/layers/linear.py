@@ -7,6 +7,7 @@ from typing import Protocol
 from torch import Tensor
 
 from engines.ops import OpSet
+from engines.ops.linear import Inputs, LinearWeight
 from engines.ops.moe import Projection
 from engines.weights import LinearSource, Weights
 
@@ -55,9 +56,15 @@ class Linear:
         """Whether adapters change the result for tokens with these adapters."""
         return self.adapters is not None and adapter_ids is not None
 
-    def forward(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
+    @property
+    def takes(self) -> LinearWeight | None:
+        """What this product's inputs may be made for; None where adapters multiply them too, as they are."""
+        return self.weight if self.adapters is None else None
+
+    def forward(self, x: Inputs, adapter_ids: Tensor | None = None) -> Tensor:
         """adapter_ids: as Batch has them, for the tokens in x."""
         y = self.ops.linear(x, self.weight)
         if self.adapters is not None and adapter_ids is not None:
+            assert isinstance(x, Tensor)
             self.ops.lora(y, x, *self.adapters, adapter_ids)
         return y

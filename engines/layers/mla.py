@@ -19,6 +19,7 @@ from engines.layers.rotary import Rotation
 from engines.models.spec import DecoderSpec, MLASpec
 from engines.ops import OpSet
 from engines.ops.kv_cache import LatentCache
+from engines.ops.linear import Inputs, LinearWeight
 from engines.parallel.place import scaled
 from engines.weights import LinearSource, Weights
 
@@ -75,7 +76,12 @@ class LatentAttention:
         keys, values = by_head.split([mla.qk_nope_head_dim, mla.v_head_dim], dim=1)
         return keys.contiguous(), values.transpose(1, 2).contiguous()
 
-    def forward(self, x: Tensor, batch: Batch, cache: LatentCache, rotation: Rotation) -> Tensor:
+    @property
+    def takes(self) -> LinearWeight | None:
+        """As Linear has it, of what `forward` takes; None where two products do."""
+        return self.down_proj.takes if self.q_a_layernorm is not None else None
+
+    def forward(self, x: Inputs, batch: Batch, cache: LatentCache, rotation: Rotation) -> Tensor:
         """x: [num_tokens, hidden_size]; returns the same shape. Modifies cache."""
         mla = self.mla
         *compressed, cached = self.down_proj.forward(x, batch.adapter_ids).split(self.down_sizes, dim=1)

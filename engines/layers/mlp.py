@@ -7,6 +7,7 @@ from torch import Tensor
 from engines.layers.linear import Format, Linear
 from engines.models.spec import DecoderSpec, EncoderSpec
 from engines.ops import OpSet
+from engines.ops.linear import Inputs, LinearWeight
 from engines.weights import LinearSource, Weights
 
 
@@ -27,11 +28,16 @@ class GatedMLP:
         down = LinearSource((f"{name}.down_proj",), inner, (outer,), bias, columns=held)
         self.down_proj = Linear(down, weights, fmt, ops, adapts=True)
 
-    def forward(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
+    @property
+    def takes(self) -> LinearWeight | None:
+        """As Linear has it, of what `forward` takes."""
+        return self.gate_up_proj.takes
+
+    def forward(self, x: Inputs, adapter_ids: Tensor | None = None) -> Tensor:
         """adapter_ids: as Batch has them, for the tokens in x."""
         return self.group.sum(self.summand(x, adapter_ids))
 
-    def summand(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
+    def summand(self, x: Inputs, adapter_ids: Tensor | None = None) -> Tensor:
         """What this rank adds to the result."""
         up, down = self.gate_up_proj, self.down_proj
         if not (up.adapted(adapter_ids) or down.adapted(adapter_ids)):

@@ -10,7 +10,7 @@ from engines.layers.linear import Format, Linear, select_rows
 from engines.layers.mlp import GatedMLP
 from engines.models.spec import DecoderSpec, MoESpec
 from engines.ops import OpSet
-from engines.ops.linear import LinearWeight
+from engines.ops.linear import Inputs, LinearWeight
 from engines.ops.moe import Experts, Projection
 from engines.parallel.place import scaled
 from engines.weights import Cut, LinearSource, Weights, whole
@@ -41,9 +41,15 @@ class MixtureOfExperts:
                 LinearSource((f"{name}.shared_expert_gate",), spec.hidden_size, (1,)), weights, fmt, ops
             )
 
-    def forward(self, x: Tensor, adapter_ids: Tensor | None = None) -> Tensor:
+    @property
+    def takes(self) -> LinearWeight | None:
+        """None: the router and the experts take what `forward` does."""
+        return None
+
+    def forward(self, x: Inputs, adapter_ids: Tensor | None = None) -> Tensor:
         """x: [num_tokens, hidden_size]; returns the same shape. adapter_ids: as Batch has them, for the tokens in x;
         only the shared expert takes adapters."""
+        assert isinstance(x, Tensor)
         if self.group.place.num_copies > 1:
             everyone, own = self.group.join_copies(x)
             out = self.group.sum_all(self._of_experts(everyone))[own]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from engines.ops import OpSet
+from engines.ops.linear import Inputs, LinearWeight
 from engines.weights import Weights
 
 
@@ -23,6 +24,12 @@ class RMSNorm:
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """(norm of the sum, the sum). Neither argument may be used afterwards."""
         return self.ops.add_rms_norm(x, residual, self.weight, self.eps, self.offset)
+
+    def add_for(self, x: Tensor, residual: Tensor, product: LinearWeight | None) -> tuple[Inputs, Tensor]:
+        """The same, for a norm that nothing but `product` takes; None: others do, too."""
+        if product is None:
+            return self.add(x, residual)
+        return self.ops.add_rms_norm_for(x, residual, self.weight, self.eps, self.offset, product)
 
 
 class LayerNorm:

@@ -18,6 +18,7 @@ from engines.layers.rotary import RotaryEmbedding, Rotation
 from engines.models.base import Cache
 from engines.models.spec import DecoderSpec, ModelSpec, RopeSpec
 from engines.ops import OpSet
+from engines.ops.linear import Inputs
 from engines.weights import LinearSource, Weights
 
 Head = Literal["logits", "labels", "none"]
@@ -56,19 +57,20 @@ class DecoderLayer:
 
         x, residual: the same two of the layer before, or the embeddings and None. Both may be overwritten.
         """
+        inputs: Inputs
         if residual is None:
-            x, residual = self.before_attention.forward(x), x
+            inputs, residual = self.before_attention.forward(x), x
         else:
-            x, residual = self.before_attention.add(x, residual)
-        x = self.attention.forward(x, batch, cache, rotation)
+            inputs, residual = self.before_attention.add_for(x, residual, self.attention.takes)
+        x = self.attention.forward(inputs, batch, cache, rotation)
         adapter_ids = batch.adapter_ids
         if kept is not None:
             x, residual = x[kept], residual[kept]
             adapter_ids = None if adapter_ids is None else adapter_ids[kept]
         if self.after_attention is not None:
             x = self.after_attention.forward(x)
-        x, residual = self.before_mlp.add(x, residual)
-        x = self.mlp.forward(x, adapter_ids)
+        inputs, residual = self.before_mlp.add_for(x, residual, self.mlp.takes)
+        x = self.mlp.forward(inputs, adapter_ids)
         if self.after_mlp is not None:
             x = self.after_mlp.forward(x)
         return x, residual

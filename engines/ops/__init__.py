@@ -39,6 +39,8 @@ class OpSet:
     softcap = staticmethod(activation.softcap)
     prepare_linear = staticmethod(linear.prepare_linear)
     prepare_quantized = linear.prepare_quantized
+    add_rms_norm_for = linear.add_rms_norm_for
+    act_and_mul_for = linear.act_and_mul_for
     mlp = linear.mlp
     head_linear = staticmethod(linear.head_linear)
     linear = staticmethod(linear.linear)

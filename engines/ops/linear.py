@@ -25,6 +25,21 @@ class LinearWeight:
     out_features: int
 
 
+@dataclass(frozen=True)
+class Quantized:
+    """Inputs of a product in 8 bits, as `linear` of the op set that made them takes them with one weight."""
+
+    codes: Tensor
+    """[num_tokens, in_features]; an op set may have more columns"""
+    scales: Tensor
+    """The codes' unit; its shape is the op set's own."""
+    dtype: torch.dtype
+    """Of what was rounded, and of the product."""
+
+
+Inputs = Tensor | Quantized
+
+
 def prepare_linear(weight: Tensor, bias: Tensor | None) -> LinearWeight:
     """weight: [out_features, in_features]; bias: [out_features] or None. The weight may be dropped afterwards."""
     return LinearWeight(weight, bias, weight.shape[1], weight.shape[0])
@@ -41,7 +56,7 @@ def prepare_quantized(self: OpSet, weight: QuantizedWeight, bias: Tensor | None,
     return self.prepare_linear(weight.dequantize(dtype), bias)
 
 
-def linear(x: Tensor, weight: LinearWeight) -> Tensor:
+def linear(x: Inputs, weight: LinearWeight) -> Tensor:
     """x @ weight.T + bias. x: [num_tokens, in_features]; returns [num_tokens, out_features], x's dtype.
 
     Int8Weight: inputs are rounded to 8-bit integers, half to even; integers are summed exactly; the sum times both
@@ -49,17 +64,45 @@ def linear(x: Tensor, weight: LinearWeight) -> Tensor:
     """
     if isinstance(weight.data, Int8Weight):
         return _int8_linear(x, weight.data, weight.bias)
+    assert isinstance(x, Tensor)
     return functional.linear(x, weight.data, weight.bias)
 
 
-def mlp(self: OpSet, x: Tensor, up: LinearWeight, down: LinearWeight, activation: str, gated: bool) -> Tensor:
+def add_rms_norm_for(
+    self: OpSet,
+    x: Tensor,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight_offset: float,
+    product: LinearWeight,
+) -> tuple[Inputs, Tensor]:
+    """As add_rms_norm, for a norm that nothing takes but `linear` with `product`: where that rounds its inputs, they
+    may come rounded. The product's bits are those of the ops one after the other.
+    """
+    normed, total = self.add_rms_norm(x, residual, norm_weight, eps, weight_offset)
+    return _inputs_of(normed, product), total
+
+
+def act_and_mul_for(self: OpSet, gate_up: Tensor, name: str, product: LinearWeight) -> Inputs:
+    """As act_and_mul, for a result that nothing takes but `linear` with `product`: see add_rms_norm_for."""
+    return _inputs_of(self.act_and_mul(gate_up, name), product)
+
+
+def _inputs_of(x: Tensor, product: LinearWeight) -> Inputs:
+    if not isinstance(product.data, Int8Weight):
+        return x
+    return Quantized(*quantize_input(x, product.data.input_scale), x.dtype)
+
+
+def mlp(self: OpSet, x: Inputs, up: LinearWeight, down: LinearWeight, activation: str, gated: bool) -> Tensor:
     """Two products with an activation between them: down(act_and_mul(up(x))) if gated, else down(act(up(x))).
 
     x: [num_tokens, up.in_features]; activation: as those ops have it. What is between the products is rounded to x's
     dtype wherever the ops would, so that the bits are those of the ops one after the other.
     """
     inner = self.linear(x, up)
-    return self.linear(self.act_and_mul(inner, activation) if gated else self.act(inner, activation), down)
+    return self.linear(self.act_and_mul_for(inner, activation, down) if gated else self.act(inner, activation), down)
 
 
 def head_linear(x: Tensor, weight: Tensor, out: Tensor | None = None) -> Tensor:
@@ -82,9 +125,9 @@ def quantize_input(x: Tensor, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return (wide / scale).round().clamp(-128, 127).to(torch.int8), scale
 
 
-def _int8_linear(x: Tensor, weight: Int8Weight, bias: Tensor | None) -> Tensor:
-    codes, scale = quantize_input(x, weight.input_scale)
-    if x.device.type == "cpu" and x.shape[0]:
+def _int8_linear(x: Inputs, weight: Int8Weight, bias: Tensor | None) -> Tensor:
+    codes, scale = (x.codes, x.scales) if isinstance(x, Quantized) else quantize_input(x, weight.input_scale)
+    if codes.device.type == "cpu" and codes.shape[0]:
         sums: Tensor = torch._int_mm(codes, weight.data.T)
     else:
         sums = codes.double() @ weight.data.double().T

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from engines.ops import OpSet
 from engines.ops import linear as reference
-from engines.ops.linear import LinearWeight
+from engines.ops.linear import Inputs, LinearWeight
 from engines.ops.quantized import Float8Weight, GroupedIntWeight, Int8Weight, MXFP4Weight, QuantizedWeight
 from engines.triton.launch import capability, dense_rows, power_of_two, processors
 from engines.triton.linear_kernels import even_kernel, inputs_kernel, join_kernel, packed_kernel
@@ -109,11 +109,12 @@ def stacked(weights: Sequence[QuantizedWeight]) -> Stacked:
     return stack_ints(whole) if whole else pack_mxfp4([w for w in weights if isinstance(w, MXFP4Weight)])
 
 
-def linear(x: Tensor, weight: LinearWeight) -> Tensor:
+def linear(x: Inputs, weight: LinearWeight) -> Tensor:
     """As the reference. Packed weights are not rounded, but where a group is no multiple of quantized.WIDTH: codes less
     zeros are exact, and a group's sum is scaled in float32. Float8 inputs are rounded as Float8Weight says."""
     if not isinstance(weight.data, Packed | Even):
         return reference.linear(x, weight)
+    assert isinstance(x, Tensor)
     out = torch.empty((x.shape[0], weight.out_features), dtype=x.dtype, device=x.device)
     if x.shape[0]:
         rows, scales = inputs(dense_rows(x), weight.data)

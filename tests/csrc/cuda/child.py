@@ -23,6 +23,8 @@ from tests.engines.cuda.test_kv_write import KINDS, write_and_compare
 from tests.engines.cuda.test_kv_write import SIZES as WRITE_SIZES
 from tests.engines.cuda.test_quantized import CASES as W4_CASES
 from tests.engines.cuda.test_quantized import FP8_SIZES, SIZES, exponents_of, integers_of, multiply, multiply_fp8
+from tests.engines.cuda.test_rounded_inputs import SIZES as ROUNDED_SIZES
+from tests.engines.cuda.test_rounded_inputs import WEIGHTS, check
 
 ORDERS = ("forward", "reverse", "random:1", "warp:1", "warp:2")
 LENGTHS = (1500, 513, 512, 2049, 700, 100, 1030, 3, 512, 600, 20, 90, 33)
@@ -103,11 +105,21 @@ def sums(library: str) -> None:
         run_calls(seed, lambda order: os.environ.update(EMULATOR_ORDER=order), Path(library))
 
 
+def roundings(library: str) -> None:
+    """Inputs of products, rounded where they are made."""
+    ops = OpSet(Path(library))
+    for kind, size, order in itertools.product(WEIGHTS, ROUNDED_SIZES, ORDERS):
+        os.environ["EMULATOR_ORDER"] = order
+        check(ops, kind, size)
+
+
 if __name__ == "__main__":
     try:
         main(sys.argv[1], sys.argv[2:])
         if "rope_write_kv" in sys.argv[2:]:
             writes(sys.argv[1])
+        if "act_and_mul_for" in sys.argv[2:]:
+            roundings(sys.argv[1])
         if "linear" in sys.argv[2:]:
             products(sys.argv[1])
         if "all_reduce" in sys.argv[2:]:

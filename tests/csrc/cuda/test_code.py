@@ -70,9 +70,9 @@ def test_the_tensor_cores_of_sm_90_are_asked_for_without_serialization(compiled:
         ("product_fp8", "sm_80", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"LDS\.128")),
         ("product_fp8", "sm_90a", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"HMUL2\.BF16")),
         ("linear_fp8_sm90", "sm_90a", (r"QGMMA\.64x128x32\.F32\.E4M3", r"QGMMA\.64x16x32\.F32", "UTMALDG.4D")),
-        ("linear_fp8", "sm_90a", (r"LDG\.E\.128", r"STG\.E\.64", r"F2FP\.SATFINITE\.E4M3")),
         ("moe", "sm_90a", (r"LDG\.E\.128", r"STG\.E\.128")),
-        ("linear", "sm_90a", (r"LDG\.E\.128", r"STG\.E\.64")),
+        ("quantize", "sm_80", (r"LDG\.E\.128", r"STS\.128", r"LDS\.128", r"STG\.E\.64")),
+        ("quantize", "sm_90a", (r"LDG\.E\.128", r"STS\.128", r"STG\.E\.64", r"F2FP\.SATFINITE\.E4M3")),
         ("elementwise", "sm_90a", (r"LDG\.E\.128", r"STG\.E\.128")),
         # Other devices' memory past the caches; a fence before a flag is set, the cache emptied after one is seen.
         (

@@ -39,7 +39,7 @@ OPS_OF = {
     "latent": ["latent_attention"],
     "moe": ["route", "fused_experts"],
     "product": ["linear"],
-    "quantize": ["linear"],
+    "quantize": ["act_and_mul_for"],
     "splits": ["linear"],
     "sampling": ["sample"],
 }
@@ -105,7 +105,8 @@ def test_an_error_in_how_devices_wait_for_each_other_is_noticed(tmp_path: Path, 
 
 def test_nothing_is_noticed_in_the_kernels_as_they_are() -> None:
     attention = ["paged_attention", "quantized_attention", "latent_attention"]
-    done = run(emulated.library(), [*attention, "rms_norm", "add_rms_norm", "linear", "all_reduce"])
+    others = ["rms_norm", "add_rms_norm", "linear", "rope_write_kv", "act_and_mul_for", "all_reduce"]
+    done = run(emulated.library(), [*attention, *others])
     assert done.returncode == 0, done.stderr
 
 

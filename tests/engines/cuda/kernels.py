@@ -14,7 +14,9 @@ from torch import Tensor
 
 from engines.batch import Batch
 from engines.cuda.opset import OpSet
+from engines.cuda.quantized import Fp8Weight, PackedWeight
 from engines.ops.kv_cache import KVCache, KVDtype, LatentCache, QuantizedKVCache, quantize_vectors
+from engines.ops.linear import LinearWeight
 from engines.ops.moe import Projection
 from engines.ops.quantized import Float8Weight, GroupedIntWeight, Int8Weight, MXFP4Weight
 from engines.ops.sampling import SamplingBatch
@@ -214,6 +216,35 @@ def _gate(ops: OpSet, device: torch.device, small: bool) -> Work:
     return Work(lambda: ops.act_and_mul(gate_up, "silu"), 1.5 * gate_up.numel() * 2)
 
 
+def _product(rounding: str, columns: int, device: torch.device) -> LinearWeight:
+    """A weight of a row for which inputs are rounded: what a norm or an activation is told of its reader."""
+    if rounding == "int8":
+        codes, scale = torch.zeros(1, dtype=torch.int32, device=device), torch.ones(1, device=device)
+        return LinearWeight(PackedWeight("int8", codes, scale), None, columns, 1)
+    scales = torch.ones(1, columns // 128, device=device)
+    return LinearWeight(
+        Fp8Weight(torch.zeros(1, columns, dtype=torch.uint8, device=device), scales, None), None, columns, 1
+    )
+
+
+def _norm_rounded(rounding: str) -> Callable[[OpSet, torch.device, bool], Work]:
+    def make(ops: OpSet, device: torch.device, small: bool) -> Work:
+        x, residual = (torch.randn(_rows(small), 4096, dtype=BF16, device=device) for _ in range(2))
+        weight, product = torch.randn(4096, dtype=BF16, device=device), _product(rounding, 4096, device)
+        return Work(lambda: ops.add_rms_norm_for(x, residual, weight, 1e-6, 0.0, product), 7 * x.numel())
+
+    return make
+
+
+def _gate_rounded(rounding: str) -> Callable[[OpSet, torch.device, bool], Work]:
+    def make(ops: OpSet, device: torch.device, small: bool) -> Work:
+        gate_up = torch.randn(_rows(small), 2 * 14336, dtype=BF16, device=device)
+        product = _product(rounding, 14336, device)
+        return Work(lambda: ops.act_and_mul_for(gate_up, "silu", product), 2.5 * gate_up.numel())
+
+    return make
+
+
 def _qkv(rows: int, device: torch.device) -> list[Tensor]:
     """Queries, keys and values as views of one projection."""
     qkv = torch.randn(rows, 48 * 128, dtype=BF16, device=device)
@@ -274,12 +305,24 @@ def _sample(ops: OpSet, device: torch.device, small: bool) -> Work:
 _ATTENTION = ("attention.h", "attention.cuh", "attention.cu", "primitives.cuh")
 _LATENT = ("latent_attention.cuh", "latent_attention.cu", "attention_decode.cuh", "attention.cuh", "primitives.cuh")
 _CODED = (*_ATTENTION, "attention_decode.cuh", "attention_coded.cuh", "kv_codes.cuh")
-_ELEMENTWISE = ("elementwise.cuh", "elementwise.cu", "vectors.cuh", "primitives.cuh")
+_ELEMENTWISE = ("elementwise.cuh", "elementwise.h", "elementwise.cu", "vectors.cuh", "primitives.cuh")
+_QUANTIZE = ("quantize.cuh", "quantize.cu", *_ELEMENTWISE)
 _KV_WRITE = ("kv_codes.cuh", "kv_write.cuh", "kv_write.cu", "vectors.cuh", "primitives.cuh")
-_PRODUCT = ("product.h", "product_formats.cuh", "product.cuh", "splits.cuh", "linear.cu", "primitives.cuh")
+_PRODUCT = (
+    *("product.h", "product_formats.cuh", "small_floats.cuh", "product.cuh", "splits.cuh", "splits.h", "linear.cu"),
+    "primitives.cuh",
+)
 _W4A16 = (*_PRODUCT, "product_w4.cu")
 _EXPERTS = (*_PRODUCT, "product_dense.cu", "product_mxfp4.cu", "moe.cuh", "moe.cu")
-_FP8 = ("linear_fp8.h", "linear_fp8.cu", "linear_fp8_sm90.cuh", "linear_fp8_sm90.cu", "splits.cuh", "quantize.cuh")
+_FP8 = (
+    "linear_fp8.h",
+    "linear_fp8.cu",
+    "linear_fp8_sm90.cuh",
+    "linear_fp8_sm90.cu",
+    "splits.cuh",
+    "splits.h",
+    "quantize.cuh",
+)
 _W8A8 = (*_PRODUCT, "product_int8.cu", "quantize.cuh")
 _SM90 = ("attention_prefill.cuh", "attention_prefill_sm90.cuh", "attention_prefill_sm90.cu", "primitives_sm90.cuh")
 KERNELS = (
@@ -303,6 +346,10 @@ KERNELS = (
     Kernel("route 8192 x 128", ("moe.cuh", "moe.cu"), _route, 0.30),
     Kernel("add_rms_norm 8192 x 4096", _ELEMENTWISE, _norm, 0.85),
     Kernel("act_and_mul 8192 x 14336", _ELEMENTWISE, _gate, 0.85),
+    Kernel("add_rms_norm to int8 8192 x 4096", _QUANTIZE, _norm_rounded("int8"), 0.80),
+    Kernel("add_rms_norm to fp8 tiles 8192 x 4096", _QUANTIZE, _norm_rounded("e4m3 128"), 0.80),
+    Kernel("act_and_mul to int8 8192 x 14336", _QUANTIZE, _gate_rounded("int8"), 0.75),
+    Kernel("act_and_mul to fp8 tiles 8192 x 14336", _QUANTIZE, _gate_rounded("e4m3 128"), 0.75),
     Kernel("rope 8192 x 40 heads", _KV_WRITE, _rope, 0.80),
     Kernel("write_kv 8192 x 8 heads", _KV_WRITE, _write, 0.80),
     Kernel("write_quantized_kv 8192 x 8 heads", _KV_WRITE, _write_coded, 0.65),
