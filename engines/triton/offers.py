@@ -44,6 +44,8 @@ QUANTIZED: dict[str, Allowed] = {
 }
 """Nothing is dequantized at load. float8 meets inputs of float8 from sm 8.9 on, and inputs as they are below. Triton
 compiles products of 8-bit integers from sm 8.0 on."""
+ROUNDED = one_of("w8a8", "fp8")
+"""Weights whose products take rounded inputs: here by a kernel of its own, after the norm's or the activation's."""
 OPS: dict[str, dict[str, Allowed]] = {
     "embedding": {"dtype": DTYPES},
     "linear": QUANTIZED,
@@ -65,6 +67,8 @@ OPS: dict[str, dict[str, Allowed]] = {
     "encoder_attention": HEADS,
     "act": {"dtype": DTYPES, "activation": one_of("silu", "gelu", "gelu_tanh", "relu")},
     "act_and_mul": {"dtype": DTYPES, "activation": one_of("silu", "gelu", "gelu_tanh", "relu", "swiglu_oai")},
+    "add_rms_norm_for": {"dtype": DTYPES, "weight_offset": YES, "weights": ROUNDED},
+    "act_and_mul_for": {"dtype": DTYPES, "activation": ANYTHING, "weights": ROUNDED},
     "lora": {"dtype": DTYPES},
     "softcap": {"dtype": DTYPES},
     "sample": {"dtype": DTYPES},
