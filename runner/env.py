@@ -17,7 +17,7 @@ from runner.secrets import mask
 
 PACKAGES = (
     "batch-inference-runner", "torch", "triton", "transformers", "tokenizers", "safetensors", "pyarrow", "datasets",
-    "fsspec", "hydra-core", "omegaconf", "jinja2", "numpy",
+    "fsspec", "hydra-core", "omegaconf", "jinja2", "numpy", "flash_attn_3", "flashinfer-python",
 )  # fmt: skip
 VARIABLES = (
     "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "HF_HOME", "HF_HUB_OFFLINE", "HF_ENDPOINT", "TOKENIZERS_PARALLELISM",

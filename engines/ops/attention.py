@@ -90,6 +90,7 @@ def quantized_attention(
             token_ids=batch.token_ids[part],
             positions=batch.positions[part],
             slot_mapping=None,
+            lengths=None,
             block_tables=own,
             prefix_groups=batch.prefix_groups if last - first == batch.num_seqs else (),
         )

@@ -1,6 +1,9 @@
 """Mixtures of experts: slots (one expert of one token) are sorted by expert on the device, and each expert's are
 multiplied in tiles with its weights.
 
+Cost of T tokens with top_k experts each, of inner size I and hidden size H: 6 T top_k H I operations; the weights of
+each expert that some token has, once for each tile of its slots; T top_k (3 H + 6 I) b bytes between the kernels.
+
 The grids are those of the most tiles that there can be, and tiles without slots end at once: the host never learns how
 many tokens an expert has.
 """

@@ -3,8 +3,10 @@
 A slot is one expert of one token: slot s is choice s % top_k of token s / top_k. Nothing here is read by the host, so
 that a step can be captured in a graph: what depends on the counts of experts lies in arrays of the largest size.
 
-Legend: E experts, S slots, BLOCK_T slots of one tile of a product. Cost: S times some integers; a row read and a row
-written for each slot in combine_kernel.
+Legend: E experts, S slots of T tokens, N output features, BLOCK_T slots of one tile of a product. Cost: route_kernel
+T E b bytes read, 12 S written, and E operations for each choice; count_kernel and place_kernel 8 S bytes each, and one
+comparison for each slot and expert; layout_kernel 4 E bytes for each chunk; combine_kernel (S + T) N b bytes and 2 S N
+operations.
 """
 
 from __future__ import annotations
