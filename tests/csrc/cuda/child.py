@@ -19,6 +19,7 @@ from tests.cases import Case, call, convert
 from tests.compare import assert_as_exact, assert_bitwise_equal
 from tests.engines.cuda.cases import compiled
 from tests.engines.cuda.test_all_reduce import run_calls
+from tests.engines.cuda.test_experts import check_slots
 from tests.engines.cuda.test_kv_write import KINDS, write_and_compare
 from tests.engines.cuda.test_kv_write import SIZES as WRITE_SIZES
 from tests.engines.cuda.test_quantized import CASES as W4_CASES
@@ -26,7 +27,7 @@ from tests.engines.cuda.test_quantized import FP8_SIZES, SIZES, exponents_of, in
 from tests.engines.cuda.test_rounded_inputs import SIZES as ROUNDED_SIZES
 from tests.engines.cuda.test_rounded_inputs import WEIGHTS, check
 
-ORDERS = ("forward", "reverse", "random:1", "warp:1", "warp:2")
+ORDERS = ("forward", "reverse", "random:1", "warp:1", "warp:2", "lag:1")
 LENGTHS = (1500, 513, 512, 2049, 700, 100, 1030, 3, 512, 600, 20, 90, 33)
 LONG = attention_cases.Case("long", lens=LENGTHS, new=(1,) * len(LENGTHS), head_dim=64)
 """Splits, and blocks of threads that take more than one piece of work."""
@@ -99,6 +100,13 @@ def writes(library: str) -> None:
         write_and_compare(ops, size, kind, torch.bfloat16)
 
 
+def slots() -> None:
+    """Slots of more experts than a warp has lanes."""
+    for order in ORDERS:
+        os.environ["EMULATOR_ORDER"] = order
+        check_slots(300, 16)
+
+
 def sums(library: str) -> None:
     """The same for sums over several devices, some of which come late."""
     for seed in range(24):
@@ -122,6 +130,8 @@ if __name__ == "__main__":
             roundings(sys.argv[1])
         if "linear" in sys.argv[2:]:
             products(sys.argv[1])
+        if "fused_experts" in sys.argv[2:]:
+            slots()
         if "all_reduce" in sys.argv[2:]:
             sums(sys.argv[1])
     except AssertionError as error:

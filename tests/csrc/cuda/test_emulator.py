@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -28,6 +29,8 @@ UNSEEN = {
     ("attention_decode.cuh", 4): "no order here keeps a warp waiting until all other blocks have finished",
     ("attention_decode.cuh", 5): "what lies in is_last before means yes: rows are stored twice, the right ones last",
     ("latent_attention.cuh", 0): "emulated lanes meet in the shuffles anyway",
+    ("latent_attention.cuh", 5): "no order here keeps a warp waiting until all other blocks have finished",
+    ("latent_attention.cuh", 6): "what lies in is_last before means yes: rows are stored twice, the right ones last",
 }
 """Barriers that the GPU needs and the emulator does not miss."""
 OPS_OF = {
@@ -37,6 +40,7 @@ OPS_OF = {
     "attention": ["paged_attention"],
     "elementwise": ["rms_norm", "add_rms_norm"],
     "latent": ["latent_attention"],
+    "linear_fp8": ["linear"],
     "moe": ["route", "fused_experts"],
     "product": ["linear"],
     "quantize": ["act_and_mul_for"],
@@ -67,6 +71,11 @@ def changed(tmp_path: Path, file: str, text: str) -> Path:
     return emulated.library(folder)
 
 
+def was_noticed(done: subprocess.CompletedProcess[str]) -> bool:
+    """By results that are wrong or differ, by threads that wait for nobody, or by a write where no memory is."""
+    return done.returncode in (-signal.SIGSEGV, -signal.SIGABRT) or "noticed: " in done.stderr
+
+
 def ops_of(file: str) -> list[str]:
     return next(ops for prefix, ops in OPS_OF.items() if file.startswith(prefix))
 
@@ -78,8 +87,8 @@ def test_a_missing_barrier_is_noticed(tmp_path: Path, file: str, number: int) ->
     library = changed(tmp_path, file, f"{text[: found.start()]}{{}}{text[found.end() :]}")
     done = run(library, ops_of(file))
     shutil.rmtree(library.parent)
-    assert done.returncode != 0, f"{file} without {found[0]!r} at {found.start()} has the right results in every order"
-    assert "noticed: " in done.stderr or "emulator: " in done.stderr, done.stderr
+    what = f"{file} without {found[0]!r} at {found.start()}"
+    assert was_noticed(done), f"{what}: {done.stderr or 'every result is right'}"
 
 
 @pytest.mark.parametrize(
@@ -99,8 +108,7 @@ def test_an_error_in_how_devices_wait_for_each_other_is_noticed(tmp_path: Path, 
     library = changed(tmp_path, file, kernel.replace(text, instead))
     done = run(library, ["all_reduce"])
     shutil.rmtree(library.parent)
-    assert done.returncode != 0, f"{file} with {instead!r} in place of {text!r} has the right results in every order"
-    assert "noticed: " in done.stderr or "emulator: " in done.stderr, done.stderr
+    assert was_noticed(done), f"{file} with {instead!r} in place of {text!r}: {done.stderr or 'every result is right'}"
 
 
 def test_nothing_is_noticed_in_the_kernels_as_they_are() -> None:

@@ -3,7 +3,8 @@
 //
 // What is unspecified there varies here, so that a result that depends on it shows:
 //   EMULATOR_ORDER  forward, reverse, random:<seed> (threads resume in this order), warp:<seed> (warps run as far as they
-//                   can, and most of them wait meanwhile); blocks run in this order too
+//                   can, and most of them wait meanwhile), lag:<seed> (the same, but that a few warps only run when no
+//                   others can); blocks run in this order too
 //   EMULATOR_COPIES late (an asynchronous copy lands when it is waited for), early (at once)
 // Shared memory has exactly the size that was launched with, on the heap, and starts as NaN. A barrier that not all
 // threads reach ends the process with the name of what they wait for.
@@ -93,6 +94,7 @@ struct Thread {
 
 struct Warp {
   alignas(16) unsigned char slots[32][128];
+  bool lags = false;
   std::map<uint32_t, Barrier> barriers;
 };
 
@@ -193,24 +195,26 @@ class Order {
     const size_t colon = text.find(':');
     name_ = text.substr(0, colon);
     if (colon != std::string::npos) random_.seed(std::atoi(text.c_str() + colon + 1));
-    if (name_ != "forward" && name_ != "reverse" && name_ != "random" && name_ != "warp") {
-      std::fprintf(stderr, "EMULATOR_ORDER: %s; expected forward, reverse, random:<seed> or warp:<seed>\n", set);
+    if (name_ != "forward" && name_ != "reverse" && name_ != "random" && name_ != "warp" && name_ != "lag") {
+      std::fprintf(stderr, "EMULATOR_ORDER: %s; expected forward, reverse or one of random, warp, lag:<seed>\n", set);
       std::abort();
     }
   }
-  bool warps_run_ahead() const { return name_ == "warp"; }
+  bool warps_run_ahead() const { return name_ == "warp" || name_ == "lag"; }
+  // Whether a warp of a block that begins is to wait for all others.
+  bool lags() { return name_ == "lag" && random_() % 16 == 0; }
   // Whether a thread or warp loses its turn, so that others get far ahead of it.
-  bool passes_over() { return warps_run_ahead() && random_() % 4 != 0; }
+  bool passes_over() { return name_ == "warp" && random_() % 4 != 0; }
   // For how many turns of the others a device does nothing; 0 but for one time in so many.
   int sleep(int times) {
-    const bool sleeps = (name_ == "random" || name_ == "warp") && static_cast<int>(random_() % times) == 0;
+    const bool sleeps = (name_ == "random" || warps_run_ahead()) && static_cast<int>(random_() % times) == 0;
     return sleeps ? static_cast<int>(random_() % 64) : 0;
   }
   std::vector<int> of(int count) {
     std::vector<int> order(count);
     std::iota(order.begin(), order.end(), 0);
     if (name_ == "reverse") std::reverse(order.begin(), order.end());
-    if (name_ == "random" || name_ == "warp") std::shuffle(order.begin(), order.end(), random_);
+    if (name_ == "random" || warps_run_ahead()) std::shuffle(order.begin(), order.end(), random_);
     return order;
   }
 
@@ -260,7 +264,9 @@ inline bool sweep(Order& order, const Running& running, bool all) {
   for (int at : order.of(static_cast<int>(units.size()))) {
     if (!all && order.passes_over()) continue;
     block = units[at].first;
-    const int first = units[at].second, end = std::min(first + step, static_cast<int>(block->threads.size()));
+    const int first = units[at].second;
+    if (!all && block->warps[first / 32].lags) continue;
+    const int end = std::min(first + step, static_cast<int>(block->threads.size()));
     for (bool moved = true; moved;) {
       moved = false;
       for (int i = first; i < end; ++i) moved |= resume(i) && step > 1;
@@ -290,7 +296,7 @@ struct Launch {
 class Progress {
  public:
   Progress(Launch launch, Order& order, int slot)
-      : launch_(std::move(launch)), slot_(slot), blocks_(order.of(launch_.grid.x * launch_.grid.y * launch_.grid.z)),
+      : launch_(std::move(launch)), order_(order), slot_(slot), blocks_(order.of(launch_.grid.x * launch_.grid.y * launch_.grid.z)),
         running_(kConcurrentBlocks) {}
 
   // The blocks that are to run now; none when all have.
@@ -318,6 +324,7 @@ class Progress {
     own->threads.resize(own->size.x * own->size.y * own->size.z);
     own->alive = static_cast<int>(own->threads.size());
     own->warps.resize((own->alive + 31) / 32);
+    for (Warp& warp : own->warps) warp.lags = order_.lags();
     // Aligned as the GPU's, and ending where the allocation ends, so that a sanitizer sees the first byte past it.
     void* aligned = nullptr;
     if (posix_memalign(&aligned, 1024, std::max<size_t>(launch_.dynamic, 1))) std::abort();
@@ -328,6 +335,7 @@ class Progress {
   }
 
   Launch launch_;
+  Order& order_;
   int slot_;
   std::vector<int> blocks_;
   size_t next_ = 0;
