@@ -17,6 +17,7 @@ namespace cpu_ops {
 namespace amx {
 namespace {
 
+constexpr float kSlack = 8.0f;  // as FlashAttention-4 has it: weights of up to 256 lose nothing in float32 and bfloat16
 constexpr int kUnits = kRows / kSide > kLanes * (kLaneRows / kSide) ? kRows / kSide : kLanes * (kLaneRows / kSide);
 
 // Where the cache holds a tile of keys and of values: by 16 keys, by 32 values.
@@ -175,7 +176,7 @@ void weigh(const Scratch& s, const Work& work, int r, int64_t first_key, int cou
   uint64_t masks[kSide];
   const uint64_t* seen = masks_of<groups>(work, r, first_key, count, lowest, masks);
   s.asking->some();
-  raise_maxima<groups>(s, work, r, seen);
+  raise_maxima<groups>(s, work, r, seen, kSlack);
   s.asking->some();
   exponentiate<groups>(s, seen, to_log2(work), r, rows_from(work, r), D);
 }
@@ -237,16 +238,26 @@ void accumulate(const Scratch& s, const char* const* v, int groups, int r, int D
   _tile_stored(1, to + 16, D * 4);
 }
 
-// A row's state: 16 lanes of its denominator, its maximum, padding, then its sums.
-void start(const Scratch& s, const Work& work, int D) {
-  for (int r = 0; r < (work.num_rows + kSide - 1) / kSide * kSide; ++r) {
+inline void copy(char* to, const char* from, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm512_storeu_si512(to + i, _mm512_loadu_si512(from + i));
+}
+
+inline void clear(char* to, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) _mm512_store_si512(to + i, _mm512_setzero_si512());
+}
+
+// A row's state: 16 lanes of its denominator, its maximum, padding, then its sums. tile_rows: that a product takes.
+void start(const Scratch& s, const Work& work, int tile_rows, int D) {
+  const int rows = work.num_rows <= tile_rows ? tile_rows : (work.num_rows + kSide - 1) / kSide * kSide;
+  for (int r = 0; r < rows; ++r) {
     const float* state = r < work.num_rows && !work.store_state ? work.state[r] : nullptr;
     s.maximum[r] = state ? state[16] : kNone;
     _mm512_store_ps(s.sums + r * 16, state ? _mm512_loadu_ps(state) : _mm512_setzero_ps());
-    if (state) __builtin_memcpy(s.out + r * D, state + kStateHeader, D * sizeof(float));
-    else __builtin_memset(s.out + r * D, 0, D * sizeof(float));
-    if (r < work.num_rows) __builtin_memcpy(s.q + r * D, work.q[r], D * 2);
-    else __builtin_memset(s.q + r * D, 0, D * 2);
+    char *const out = reinterpret_cast<char*>(s.out + r * D), *const q = reinterpret_cast<char*>(s.q + r * D);
+    if (state) copy(out, reinterpret_cast<const char*>(state + kStateHeader), D * 4);
+    else clear(out, D * 4);
+    if (r < work.num_rows) copy(q, static_cast<const char*>(work.q[r]), D * 2);
+    else clear(q, D * 2);
   }
 }
 
@@ -322,7 +333,7 @@ void attend_tile(const Unit* units, int count, int D, int64_t key_step) {
   }
 }
 
-void attend_lanes(const Work* works, int count, const Work* ahead, int num_ahead, float* scratch) {
+void attend_lanes(const Work* works, int count, const Work* ahead, int num_ahead, int tile_rows, float* scratch) {
   const int D = works->head_dim;
   const int64_t key_step = works->block_size / kPackedKeys * kPackedTile;
   const int64_t lane_floats = scratch_floats(D) / kLanes / 16 * 16;
@@ -332,7 +343,7 @@ void attend_lanes(const Work* works, int count, const Work* ahead, int num_ahead
     const Scratch own(scratch + i * lane_floats, D, count > 1, &lanes[i].asking);
     const Work* then = i < num_ahead ? ahead + i : nullptr;
     new (lanes + i) Lane{works + i, then, own, works[i].begin, lowest_position(works[i]), 0, {}, {}, {}};
-    start(own, works[i], D);
+    start(own, works[i], tile_rows, D);
     locate(lanes[i].next, works[i], works[i].begin);
   }
   for (;;) {
@@ -358,8 +369,9 @@ void attend_lanes(const Work* works, int count, const Work* ahead, int num_ahead
 void attend(const Work* works, int count, const Work* ahead, int num_ahead, float* scratch) {
   int rows = 0;
   for (int i = 0; i < count; ++i) rows = works[i].num_rows > rows ? works[i].num_rows : rows;
-  const Tiles tiles(TileConfig(rows < kSide ? rows : kSide));
-  attend_lanes(works, count, ahead, num_ahead, scratch);
+  const int tile_rows = rows < kSide ? rows : kSide;
+  const Tiles tiles{TileConfig(tile_rows)};
+  attend_lanes(works, count, ahead, num_ahead, tile_rows, scratch);
 }
 
 }  // namespace amx

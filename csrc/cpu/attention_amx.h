@@ -104,7 +104,9 @@ inline const uint64_t* masks_of(const Work& work, int r, int64_t first_key, int 
 }
 
 // The rows' maxima with this tile's scores, which are capped, the base of its weights, and the factor of what was summed.
-template <int groups> inline void raise_maxima(const Softmax& s, const Work& work, int r, const uint64_t* seen) {
+// Maxima that would rise by no more than `slack` stay: weights are at most 2^slack, and few sums have to be brought down.
+template <int groups>
+inline void raise_maxima(const Softmax& s, const Work& work, int r, const uint64_t* seen, float slack) {
   const int rows = rows_from(work, r);
   if (work.softcap != 0.0f)
     for (int i = r; i < r + rows; ++i)
@@ -112,7 +114,9 @@ template <int groups> inline void raise_maxima(const Softmax& s, const Work& wor
         _mm512_store_ps(x, capped(_mm512_mul_ps(_mm512_load_ps(x), _mm512_set1_ps(work.scale)), work.softcap));
   find_highest<groups>(s, seen, r, rows);
   const __m512 before = _mm512_load_ps(s.maximum + r);
-  const __m512 now = _mm512_max_ps(before, _mm512_mul_ps(_mm512_load_ps(s.base + r), to_log2(work)));
+  const __m512 highest = _mm512_mul_ps(_mm512_load_ps(s.base + r), to_log2(work));
+  const __mmask16 rises = _mm512_cmp_ps_mask(highest, _mm512_add_ps(before, _mm512_set1_ps(slack)), _CMP_GT_OQ);
+  const __m512 now = _mm512_mask_mov_ps(before, rises, highest);
   const __m512 base =
       _mm512_mask_mov_ps(now, _mm512_cmp_ps_mask(now, _mm512_set1_ps(kNone), _CMP_EQ_OQ), _mm512_setzero_ps());
   _mm512_store_ps(s.maximum + r, now);

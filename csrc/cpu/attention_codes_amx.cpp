@@ -452,7 +452,7 @@ template <Codes codes> void attend_item(const Work& work, float* scratch) {
       __m512 most[kSide];
       const uint64_t* seen = masks_of<kGroups>(work, r, first, at.count, lowest, masks);
       score(s, s.tile, work, r);
-      raise_maxima<kGroups>(s, work, r, seen);
+      raise_maxima<kGroups>(s, work, r, seen, 0.0f);
       exponentiate(s, s.tile, work, r, seen, most);
       round_weights(s, r, rows_from(work, r), most);
       multiply_values(s, s.tile, P);
