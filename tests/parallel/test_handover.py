@@ -92,7 +92,7 @@ def test_same_tokens(kind: str, folders: dict[str, Path]) -> None:
     assert told(found) == told(hybrid(made, cases.requests()))
 
 
-@pytest.mark.parametrize("kind", ["gqa", "mla"])
+@pytest.mark.parametrize("kind", ["gqa", pytest.param("mla", marks=pytest.mark.slow)])
 def test_same_tokens_of_two_ranks_each(kind: str, folders: dict[str, Path]) -> None:
     made = cases.settings(folders[kind], tp=2)
     with pair(made) as both:
@@ -112,8 +112,16 @@ def long_requests(count: int = 12, **sampling: Any) -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize(("kv_dtype", "dtype"), [("int8", "float32"), ("int4", "float32"), ("fp8", "float32"),
-                                                 ("auto", "bfloat16"), ("int8", "bfloat16")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kv_dtype", "dtype"),
+    [
+        ("int8", "float32"),
+        ("auto", "bfloat16"),
+        pytest.param("int4", "float32", marks=pytest.mark.slow),
+        pytest.param("fp8", "float32", marks=pytest.mark.slow),
+        pytest.param("int8", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
 def test_every_layout_of_the_cache(kv_dtype: str, dtype: str, folders: dict[str, Path]) -> None:
     """Codes with their scales, and bfloat16 blocks as the compiled CPU ops pack them."""
     made = cases.settings(folders["gqa"])
