@@ -24,8 +24,7 @@ template <class T> struct NormParams {
 
 // The sum over the threads of one row. `slots` holds a float for each warp of the block.
 __device__ __forceinline__ float sum_of_row(float x, float* slots, int warps_of_row) {
-#pragma unroll
-  for (int by = 16; by; by /= 2) x += __shfl_xor_sync(~0u, x, by);
+  x = sum_of_warp(x);
   if (warps_of_row == 1) return x;
   const int thread = threadIdx.x;
   if (thread % 32 == 0) slots[thread / 32] = x;

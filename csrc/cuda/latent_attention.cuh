@@ -7,7 +7,7 @@
 #pragma once
 
 #include "attention_decode.cuh"
-#include "elementwise.cuh"
+#include "vectors.cuh"
 
 // Sizes that kernels are compiled for: of the latent, and of the rotated key.
 #ifndef CUDA_OPS_LATENTS
@@ -105,15 +105,9 @@ __device__ __forceinline__ void weigh_tile(T* weights, float* sums, const float*
     const int position = work.length - work.num_tokens + (work.tile * Shape::kRows + r) / num_heads;
     const int key = first_key + lane;
     const float score = key < to && key <= position ? scores[r * Shape::kScoreStride + lane] : -INFINITY;
-    float most = score;
-#pragma unroll
-    for (int by = 16; by; by /= 2) most = fmaxf(most, __shfl_xor_sync(~0u, most, by));
-    const float before = sums[r];
-    most = fmaxf(most, before);
+    const float before = sums[r], most = fmaxf(max_of_warp(score), before);
     const float finite = most == -INFINITY ? 0.0f : most, weight = exp2_fast(score - finite);
-    float sum = weight;
-#pragma unroll
-    for (int by = 16; by; by /= 2) sum += __shfl_xor_sync(~0u, sum, by);
+    const float sum = sum_of_warp(weight);
     weights[r * Shape::kWeightStride + lane] = from_float<T>(weight);
     __syncwarp();  // all lanes have read what was most before
     if (lane == 0) {

@@ -24,18 +24,6 @@ template <class T> struct RouteParams {
 
 constexpr int kRouteWarps = 4;
 
-__device__ __forceinline__ float max_of_warp(float x) {
-#pragma unroll
-  for (int by = 16; by; by /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, by));
-  return x;
-}
-
-__device__ __forceinline__ float sum_of_warp(float x) {
-#pragma unroll
-  for (int by = 16; by; by /= 2) x = add(x, __shfl_xor_sync(~0u, x, by));
-  return x;
-}
-
 // Where the largest of `count` values lies, the first of equals; NaN is never largest, and 0 is said where all are. A lane
 // reads the values of indices that are its own modulo 32, and all have read when one returns.
 __device__ __forceinline__ int best_of(const float* values, int count) {

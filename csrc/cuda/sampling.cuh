@@ -2,9 +2,9 @@
 // sequence, so that a draw does not depend on the batch.
 #pragma once
 
-#include <primitives.cuh>
-
 #include <cmath>
+
+#include "vectors.cuh"
 
 namespace cuda_ops {
 
@@ -69,12 +69,6 @@ struct SampleShared {
   float most[kSampleWarps];
   int at[kSampleWarps];
 };
-
-template <class T> __device__ __forceinline__ T sum_of_warp(T x) {
-#pragma unroll
-  for (int by = 16; by; by /= 2) x += __shfl_xor_sync(~0u, x, by);
-  return x;
-}
 
 // The maximum and the lowest token that has it.
 __device__ __forceinline__ void find_most(const SampleRow& row, SampleShared& shared, float& most, int& at) {

@@ -5,6 +5,8 @@
 
 #include <primitives.cuh>
 
+#include <cmath>
+
 namespace cuda_ops {
 
 template <class T, int V> struct alignas(sizeof(T) * V) Vector { T v[V]; };
@@ -24,6 +26,18 @@ __device__ __forceinline__ float largest_of_lanes(float x, int lanes) {
 #pragma unroll
   for (int by = 16; by; by /= 2)
     if (by < lanes) x = larger(x, __shfl_xor_sync(~0u, x, by));
+  return x;
+}
+
+// Over the warp; all its lanes call this.
+template <class T> __device__ __forceinline__ T sum_of_warp(T x) {
+#pragma unroll
+  for (int by = 16; by; by /= 2) x += __shfl_xor_sync(~0u, x, by);
+  return x;
+}
+__device__ __forceinline__ float max_of_warp(float x) {  // NaN is passed over
+#pragma unroll
+  for (int by = 16; by; by /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, by));
   return x;
 }
 

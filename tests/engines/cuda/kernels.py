@@ -325,6 +325,7 @@ _FP8 = (
 )
 _W8A8 = (*_PRODUCT, "product_int8.cu", "quantize.cuh")
 _SM90 = ("attention_prefill.cuh", "attention_prefill_sm90.cuh", "attention_prefill_sm90.cu", "primitives_sm90.cuh")
+_SAMPLING = ("sampling.cuh", "sampling.cu", "vectors.cuh", "primitives.cuh")
 KERNELS = (
     Kernel("decode attention, 64 x 4096", (*_ATTENTION, "attention_decode.cuh"), _decode, 0.85),
     Kernel("int8 decode attention, 64 x 4096", _CODED, _decode_coded("int8"), 0.80),
@@ -343,7 +344,7 @@ KERNELS = (
     Kernel("experts 128 of 2048 x 768, batch 8192", _EXPERTS, _experts("dense", 8192), 0.35),
     Kernel("experts 32 of 2880 x 2880 mxfp4, batch 16", _EXPERTS, _experts("mxfp4", 16), 0.55),
     Kernel("experts 32 of 2880 x 2880 mxfp4, batch 8192", _EXPERTS, _experts("mxfp4", 8192), 0.30),
-    Kernel("route 8192 x 128", ("moe.cuh", "moe.cu"), _route, 0.30),
+    Kernel("route 8192 x 128", ("moe.cuh", "moe.cu", "vectors.cuh"), _route, 0.30),
     Kernel("add_rms_norm 8192 x 4096", _ELEMENTWISE, _norm, 0.85),
     Kernel("act_and_mul 8192 x 14336", _ELEMENTWISE, _gate, 0.85),
     Kernel("add_rms_norm to int8 8192 x 4096", _QUANTIZE, _norm_rounded("int8"), 0.80),
@@ -357,5 +358,5 @@ KERNELS = (
     Kernel("rope_write_kv int8 8192 x 48 heads", _KV_WRITE, _rope_write("int8"), 0.75),
     Kernel("rope_write_kv int4 8192 x 48 heads", _KV_WRITE, _rope_write("int4"), 0.75),
     Kernel("rope_write_kv fp8 8192 x 48 heads", _KV_WRITE, _rope_write("fp8"), 0.75),
-    Kernel("sample 128 x 128256, top_p", ("sampling.cuh", "sampling.cu", "primitives.cuh"), _sample, 0.05),
+    Kernel("sample 128 x 128256, top_p", _SAMPLING, _sample, 0.05),
 )
