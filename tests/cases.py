@@ -121,7 +121,7 @@ def cases() -> tuple[Case, ...]:
 
 
 def norms() -> Iterator[Case]:
-    for rows, size in ((0, 64), (1, 1), (3, 576), (130, 33)):
+    for rows, size in ((0, 64), (1, 1), (3, 576), (130, 33), (5, 2100)):
         for offset in (0.0, 1.0):
             options = {"eps": 1e-5, "weight_offset": offset}
 

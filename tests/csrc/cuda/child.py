@@ -31,18 +31,24 @@ ORDERS = ("forward", "reverse", "random:1", "warp:1", "warp:2", "lag:1")
 LENGTHS = (1500, 513, 512, 2049, 700, 100, 1030, 3, 512, 600, 20, 90, 33)
 LONG = attention_cases.Case("long", lens=LENGTHS, new=(1,) * len(LENGTHS), head_dim=64)
 """Splits, and blocks of threads that take more than one piece of work."""
+PROMPT = attention_cases.Case("prompt", lens=(650, 40), new=(140, 40), num_heads=2, num_kv_heads=1, head_dim=64)
+"""More keys than a block of threads has room for at a time."""
 
 
-def long(dtype: torch.dtype) -> tuple[object, ...]:
-    given = attention_cases.make(LONG, dtype)
-    return given.q, given.cache, given.batch, 0.2
+def attention(case: attention_cases.Case) -> Case:
+    def make(dtype: torch.dtype) -> tuple[object, ...]:
+        given = attention_cases.make(case, dtype)
+        return given.q, given.cache, given.batch, 0.2
+
+    return Case("paged_attention", case.name, make, {})
 
 
 def main(library: str, names: list[str]) -> None:
     torch.use_deterministic_algorithms(True)  # results that are not written are NaN, not what lay there before
     ops = OpSet(Path(library))
     cases = [(case, dtype) for case, dtype in compiled() if case.op in names and "71" not in case.name]
-    cases = [(Case("paged_attention", "long", long, {}), torch.bfloat16)] * ("paged_attention" in names) + cases
+    if "paged_attention" in names:
+        cases = [(attention(case), torch.bfloat16) for case in (PROMPT, LONG)] + cases
     for case, dtype in cases:
         if dtype != torch.bfloat16 and torch.bfloat16 in case.dtypes:
             continue
