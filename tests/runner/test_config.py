@@ -189,8 +189,8 @@ MESSAGES = [
         "",
     ),
     (
-        {"parallelism__dp": 2, "parallelism__ep": 2},
-        "parallelism.ep: 2 with tp=1: copies of the model that share exp",
+        {"parallelism__dp": 2, "parallelism__ep": 2, "parallelism__prefill": 1},
+        "parallelism.prefill: 1 with ep=2: 2 / 1 = 2 copies share experts and compute each step together;",
         "",
     ),
     (
