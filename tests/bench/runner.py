@@ -1,6 +1,7 @@
 """Rows per second through source, template, engine process, journal and sink, with an engine that answers at once.
 
-The tokenizer is replaced by one that splits nothing, so that what is measured is the runner itself.
+The tokenizer is replaced by one that splits nothing, so that what is measured is the runner itself. With `--pace` each
+engine answers so many rows a second and computes nothing: what several of them reach, and what the runner takes then.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from unittest import mock
 
@@ -57,10 +59,28 @@ class InstantEngine:
         self._waiting.clear()
 
 
-def load_instant(settings: EngineSettings, watch: Watch, permission: Callable[[], None]) -> InstantEngine:
+class PacedEngine(InstantEngine):
+    """Answers up to 64 requests a step, which takes as long as they do at `pace` rows a second."""
+
+    def __init__(self, pace: float) -> None:
+        super().__init__()
+        self._pace = pace
+
+    def step(self) -> list[Outcome]:
+        later = self._waiting[64:]
+        del self._waiting[64:]
+        time.sleep(len(self._waiting) / self._pace)
+        outcomes = super().step()
+        self._waiting = later
+        return outcomes
+
+
+def load_instant(
+    settings: EngineSettings, watch: Watch, permission: Callable[[], None], pace: float | None = None
+) -> InstantEngine:
     """For the engine's process."""
     permission()
-    return InstantEngine()
+    return PacedEngine(pace) if pace else InstantEngine()
 
 
 class NoTokenizer:
@@ -81,6 +101,8 @@ class NoTokenizer:
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("rows", type=int, nargs="?", default=200_000)
+    parser.add_argument("--engines", type=int, default=1)
+    parser.add_argument("--pace", type=float, help="rows a second that each engine answers; default: at once")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -98,14 +120,15 @@ def run(args: argparse.Namespace) -> None:
             f"output.folder={folder}/out",
             "task=generate",
             "task.prompt='Say what this is: {{ text }}'",
+            f"parallelism.dp={args.engines}",
         ]
         with initialize_config_module("conf", version_base="1.3"):
             plan = make_plan(config.load(compose("config", overrides=overrides)))
         memory: dict[int, int] = {}
         with mock.patch.object(job, "load_tokenizer", lambda path: NoTokenizer()), Watching(memory):
-            start = time.perf_counter()
-            job.run(plan, loader=load_instant)
-            wall_s = time.perf_counter() - start
+            start, used_s = time.perf_counter(), time.process_time()
+            job.run(plan, loader=partial(load_instant, pace=args.pace))
+            wall_s, used_s = time.perf_counter() - start, time.process_time() - used_s
     grown = (max(memory.values()) - memory.get(100_000, min(memory.values()))) if memory else 0
     print(
         json.dumps(
@@ -113,6 +136,7 @@ def run(args: argparse.Namespace) -> None:
                 "rows": args.rows,
                 "rows_s": round(args.rows / wall_s),
                 "wall_s": round(wall_s, 2),
+                "runner_cores": round(used_s / wall_s, 2),
                 "grown_since_row_100000_mib": grown >> 20,
                 "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
             }
