@@ -37,6 +37,7 @@ class Sink:
                 "has no levels; expected null; remove it, or use zstd or gzip"
             )
         self.schema = schema
+        self._written = pa.schema([field.with_type(_written(field.type)) for field in schema])
         self._storage = open_storage(folder) if isinstance(folder, str) else folder
         self._output = output
         self._metadata = {key.encode(): value.encode() for key, value in metadata.items()}
@@ -50,7 +51,7 @@ class Sink:
         """
         self._check(chunk, table)
         metadata = {**self._metadata, CHUNK_METADATA: orjson.dumps(chunk.identity())}
-        data = encode(table.cast(self.schema).replace_schema_metadata(metadata), self._output)
+        data = encode(table.cast(self._written).replace_schema_metadata(metadata), self._output)
         staged = staged_path(chunk.index, generation)
         self._storage.write(staged, data)
         return Part(
@@ -75,6 +76,11 @@ class Sink:
                 f"chunk {chunk.index}: its rows are {rows}; expected some of {chunk.start} to "
                 f"{chunk.start + chunk.num_rows - 1}, each once and in order"
             )
+
+
+def _written(data_type: pa.DataType) -> pa.DataType:
+    """Lists of one length as plain ones: pyarrow before 26 cannot read a file in which one of the former is null."""
+    return pa.list_(data_type.value_type) if pa.types.is_fixed_size_list(data_type) else data_type
 
 
 def encode(table: pa.Table, output: OutputConfig) -> pa.Buffer:
