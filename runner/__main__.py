@@ -28,6 +28,8 @@ from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, open_dict
@@ -170,8 +172,9 @@ def _dispatch(hydra: Hydra, args: Namespace) -> int:
         _print(group_help(args.overrides[0], _options(hydra)) if args.overrides else overview(_options(hydra)))
         return 0
     name = args.config_name or CONFIG_NAME
+    sweep = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
     # No .hydra folder: a job saves its configuration with its results. (HydraConf has this key; no YAML can change it.)
-    overrides = ["hydra.output_subdir=null", *(_lenient(hydra, text) for text in args.overrides)]
+    overrides = ["hydra.output_subdir=null", *(_lenient(hydra, text, sweep) for text in args.overrides)]
     if args.shell_completion:
         _composing(lambda: hydra.shell_completion(config_name=name, overrides=args.overrides))
         return 0
@@ -180,7 +183,7 @@ def _dispatch(hydra: Hydra, args: Namespace) -> int:
         return 0
     if args.cfg or args.info:
         return _print_configuration(hydra, args, name, overrides)
-    if args.multirun or "hydra.mode=MULTIRUN" in overrides:
+    if sweep:
         return _sweep(hydra, name, overrides)
     done = _composing(lambda: hydra.run(config_name=name, task_function=run_one, overrides=overrides))
     return int(done.return_value)
@@ -264,12 +267,34 @@ def _options(hydra: Hydra) -> dict[str, list[str]]:
     return {name: sorted(loader.get_group_options(name, ObjectType.CONFIG)) for name in groups}
 
 
-def _lenient(hydra: Hydra, override: str) -> str:
+def _lenient(hydra: Hydra, override: str, sweep: bool) -> str:
     """`key=value` as Hydra's "set, whether the YAML has it or not": which keys there are is config.load's to say, which
-    knows the ones that a short YAML leaves out, and names the nearest to a wrong one."""
-    key, separator, _ = override.partition("=")
+    knows the ones that a short YAML leaves out, and names the nearest to a wrong one.
+
+    A value that Hydra's grammar cannot read, as `{{ text }}` or `lang == 'en'`, is text as it stands. Not one that was
+    meant as a list, or in a sweep as several values: there quotes within quotes say what is what.
+    """
+    key, separator, value = override.partition("=")
     plain = separator and not set("@/:~+ ").intersection(key) and key.split(".")[0] != "hydra"
-    return f"++{override}" if plain and key not in hydra.config_loader.list_groups("") else override
+    if not plain or key in hydra.config_loader.list_groups(""):
+        return override
+    try:
+        several = OverridesParser.create().parse_override(override).is_sweep_override()
+    except HydraException:
+        if not (value.lstrip().startswith("[") or _is_mapping(value) or (sweep and "," in value)):
+            value = QuotedString(value, Quote.single).with_quotes()
+    else:
+        if several and not sweep:
+            raise ConfigError(
+                f"{key}: {value!r} are several values; expected one; put quotes within quotes around text with commas, "
+                f"as in {key}='\"one, text\"', brackets around a list, or add --multirun for a job with each value"
+            )
+    return f"++{key}={value}"
+
+
+def _is_mapping(value: str) -> bool:
+    text = value.lstrip()
+    return text.startswith("{") and not text.startswith(("{{", "{%", "{#"))
 
 
 def _composing(work: Callable[[], Any]) -> Any:

@@ -60,18 +60,22 @@ def offers(host: Host) -> Offer:
             f"{table.LIBRARY.name} was compiled for sm {', '.join(map(str, compiled.sm))}, this device is sm "
             f"{sm[0]}.{sm[1]}: reinstall with CSRC_CUDA_ARCHS unset, or with this one in it"
         )
-    ops = {**TORCH, **(compiled.ops if compiled is not None else {})}
-    if compiled is not None and "linear" in compiled.ops:
-        ops["linear"] = {**TORCH["linear"], **QUANTIZED, **_weights(compiled.ops["linear"])}
-    if compiled is not None and "fused_experts" in compiled.ops:
-        own = compiled.ops["fused_experts"]
-        # Inputs that each expert has in an order of its own would need a copy each.
-        ops["fused_experts"] = {**own, **QUANTIZED, **_weights(own), "desc_act": one_of(False)}
     return Offer(
         engine="cuda",
-        ops={**ops, "parallelism": {name: Allowed(ge=1) for name in ("tp", "dp", "ep")}},
+        ops={} if compiled is None else _ops(compiled.ops),  # without a library its absence is all that is to be said
         blockers=tuple(blockers),
         sm=sm,
         dequantized=DEQUANTIZED,
         since={"bfloat16": (8, 0)},
     )
+
+
+def _ops(compiled: Mapping[str, Mapping[str, Allowed]]) -> dict[str, Mapping[str, Allowed]]:
+    ops = {**TORCH, **compiled, "parallelism": {name: Allowed(ge=1) for name in ("tp", "dp", "ep")}}
+    if "linear" in compiled:
+        ops["linear"] = {**TORCH["linear"], **QUANTIZED, **_weights(compiled["linear"])}
+    if "fused_experts" in compiled:
+        own = compiled["fused_experts"]
+        # Inputs that each expert has in an order of its own would need a copy each.
+        ops["fused_experts"] = {**own, **QUANTIZED, **_weights(own), "desc_act": one_of(False)}
+    return ops

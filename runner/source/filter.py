@@ -164,9 +164,9 @@ class _Translator:
         name = path[0]
         if name not in self.schema.names:
             near = difflib.get_close_matches(name, self.schema.names, n=1)
-            advice = f"; did you mean {near[0]}?" if near else ""
             raise ConfigError(
-                f"dataset.filter: there is no column {name!r}{advice} The columns are {', '.join(self.schema.names)}"
+                f"dataset.filter: there is no column {name!r}; expected some of {', '.join(self.schema.names)}; "
+                + (f"did you mean {near[0]}?" if near else "correct the name")
             )
         data_type = self.schema.field(name).type
         for field in path[1:]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -57,7 +59,9 @@ def failing(monkeypatch: pytest.MonkeyPatch, by_seed: dict[int, BaseException], 
         (["model=demp"], 2, "model: no option 'demp'; expected one of "),
         (["-m", "model=demo,demp"], 2, "did you mean demo?"),
         (["model.dtype=bf16"], 2, "did you mean bfloat16?"),
-        (["task.prompt={{ text }}"], 2, "put quotes within quotes"),
+        (["sampling.stop=['a'"], 2, "put quotes within quotes"),
+        (["task.prompt=Yes, or no?"], 2, "as in task.prompt='\"one, text\"'"),
+        (["seed=1,2"], 2, "add --multirun"),
         (["model=demo,minilm"], 2, "add --multirun"),
         (["--config-dir", "nowhere"], 2, "--config-dir: 'nowhere' is no folder"),
         (["--config-name", "nothing"], 2, "--config-name: 'nothing' is not found"),
@@ -72,6 +76,47 @@ def test_mistakes_are_one_message(args: list[str], code: int, said: str, tmp_pat
     assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr + done.stdout
     written = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert written == ({"outputs/.sweep/multirun.yaml"} if args[0] == "-m" else set())
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("task.prompt", "Label: {{ text }}"),
+        ("task.prompt", "{{ a }}, {{ b }}\n="),
+        ("task.prompt", "It's \\ a \"text\" of {{ 'quotes\\'' }} \\"),
+        ("dataset.filter", "lang == 'en' and score >= 0.5"),
+    ],
+)
+def test_text_that_is_no_value_of_hydra_is_taken_as_it_stands(key: str, value: str, jobs: list[JobConfig]) -> None:
+    assert cli.command_line([f"{key}={value}"]) == 0
+    group, name = key.split(".")
+    assert getattr(getattr(jobs[0], group), name) == value
+
+
+def test_in_a_sweep_too(jobs: list[JobConfig], capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.command_line(["-m", "task.prompt=Label: {{ text }}", "seed=1,2"]) == 0
+    assert [(job.task.prompt, job.seed) for job in jobs] == [("Label: {{ text }}", 1), ("Label: {{ text }}", 2)]
+    assert cli.command_line(["-m", "task.prompt={{ a }},{{ b }}"]) == 2
+    assert "put quotes within quotes" in capsys.readouterr().err
+
+
+def shown_commands() -> list[list[str]]:
+    """The arguments of each command that a page shows, as a shell gives them; `...` and `<...>` stand for more."""
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md"), ROOT / "jobs/examples/README.md"]
+    found = []
+    for page in sorted(pages):
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for line in re.findall(r"^ {4}python -m runner(?: (.*))?$", re.sub(r"<[a-z]+>", "mine", text), re.MULTILINE):
+            found.append([word for word in shlex.split(line, comments=True) if word != "..."])
+    inline = re.findall(r"\*\* `([a-z_.]+=[^`]*)`", (ROOT / "README.md").read_text(encoding="utf-8"))
+    found += [shlex.split(code) for code in inline]
+    return [words for words in found if "hydra/launcher" not in "".join(words)]
+
+
+@pytest.mark.parametrize("words", shown_commands(), ids=" ".join)
+def test_commands_of_the_documentation_are_understood(words: list[str], jobs: list[JobConfig]) -> None:
+    words = [str(ROOT / word) if word == "jobs" else word for word in words]
+    assert cli.command_line(words) == 0 and (jobs or "--help" in words)
 
 
 def test_broken_yaml_of_the_user_is_named(tmp_path: Path) -> None:

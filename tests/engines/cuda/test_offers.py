@@ -49,6 +49,13 @@ def test_offers_are_those_of_the_installed_library(tmp_path: Path, monkeypatch: 
     assert offers.offers(H200_DESCRIBED).ops != offers.offers(H200).ops
 
 
+def test_of_a_library_that_is_absent_nothing_else_is_said() -> None:
+    absent = offers.offers(replace(H200, extensions=frozenset()))
+    assert difference(requirements(LLAMA, "bfloat16", "generate"), absent) == [
+        "compiled extension absent: reinstall with nvcc on PATH"
+    ]
+
+
 @pytest.mark.parametrize(
     ("sm", "capability", "serves"),
     (
