@@ -164,7 +164,7 @@ __device__ __forceinline__ void attend_tiles(const Sm90Params& params, const Seq
     hold(scores);
     if (speaks) barrier_arrive(memory.empty(0, i + 1));
     weigh(i + 1);
-    products_wait<0>();
+    products_wait<0>(softmax.sum[0] + softmax.sum[1]);  // weights beside the products
     hold(softmax.out);
     if (speaks) barrier_arrive(memory.empty(1, i));
     softmax.scale(factor);

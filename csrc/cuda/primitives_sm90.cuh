@@ -84,6 +84,17 @@ __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_g
 template <int N> __device__ __forceinline__ void products_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(N) : "memory");
 }
+// The same, but not before `value` is known, which is never negative: ptxas moves waits up to the products, past
+// arithmetic that was to run beside them (seen in 13.0). It does not move them past the store that never happens here.
+template <int N> __device__ __forceinline__ void products_wait(float value) {
+  asm volatile(
+      "{\n"
+      ".reg .pred negative;\n"
+      "setp.lt.f32 negative, %1, 0f00000000;\n"
+      "@negative st.volatile.shared.f32 [%2], %1;\n"
+      "wgmma.wait_group.sync.aligned %0;\n"
+      "}\n" :: "n"(N), "f"(value), "r"(0) : "memory");
+}
 
 // Keeps the compiler from moving uses of registers across a wait or a fence.
 template <int N> __device__ __forceinline__ void hold(float (&d)[N][4]) {

@@ -47,6 +47,18 @@ def test_the_tensor_cores_of_sm_90_are_asked_for_without_serialization(compiled:
     assert not [r for r in reports if "wgmma" in r.lower() or "Performance Loss" in r]
 
 
+def test_weights_of_attention_are_made_beside_the_products(compiled: Path) -> None:
+    """128 keys of two rows are 64 exponentials a thread, between the waits for scores and for sums of values; another
+    64 are a softcap's."""
+    program = code.cuobjdump()
+    if program is None:
+        pytest.skip("no cuobjdump: it comes with triton")
+    text = code.instructions(program, compiled / "attention_prefill_sm90.o", "sm_90a")
+    beside = [part.split("WARPGROUP.DEPBAR")[0] for part in text.split("WARPGROUP.DEPBAR.LE gsb0, 0x1")[1:]]
+    assert len(beside) == 4  # two head_dims, two types
+    assert [part.count("MUFU.EX2") >= 128 for part in beside] == [True] * 4
+
+
 @pytest.mark.parametrize(
     ("source", "arch", "meant"),
     (

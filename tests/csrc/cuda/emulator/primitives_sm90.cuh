@@ -154,6 +154,10 @@ template <int N> void products_wait() {
   });
   emulator::sync_warp(~0u);
 }
+template <int N> void products_wait(float value) {
+  if (value < 0.0f) emulator::fail("products_wait of a negative value");
+  products_wait<N>();
+}
 template <int N> void hold(float (&)[N][4]) {}
 
 template <class T, int N, bool K_MAJOR>
