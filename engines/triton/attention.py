@@ -93,7 +93,7 @@ def latent_tiles(sm: tuple[int, int], itemsize: int, block_m: int) -> Tiles:
     return Tiles(min(block_m, 32), 32, 8, 2)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])
 def prefill_kernel(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
@@ -289,7 +289,7 @@ def decode_kernel(
         tl.store(sums_ptr + at, most + tl.log2(total), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def join_kernel(
     parts_ptr: tl.tensor,
     sums_ptr: tl.tensor,

@@ -97,7 +97,7 @@ def store_tile(
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def packed_kernel(
     x_ptr: tl.tensor, words_ptr: tl.tensor, scales_ptr: tl.tensor, zeros_ptr: tl.tensor, bias_ptr: tl.tensor,
     slots_ptr: tl.tensor, experts_ptr: tl.tensor, out_ptr: tl.tensor, num_rows: tl.tensor, x_stride: tl.tensor,
@@ -168,7 +168,7 @@ def packed_kernel(
     store_tile(out_ptr, bias_ptr, acc, slots, rows, expert, num_rows, N, SPLITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def even_kernel(
     x_ptr: tl.tensor, weight_ptr: tl.tensor, x_scales_ptr: tl.tensor, scales_ptr: tl.tensor, bias_ptr: tl.tensor,
     slots_ptr: tl.tensor, experts_ptr: tl.tensor, out_ptr: tl.tensor, num_rows: tl.tensor, x_stride: tl.tensor,
@@ -219,7 +219,7 @@ def even_kernel(
         store_tile(out_ptr, bias_ptr, acc, slots, rows, expert, num_rows, N, SPLITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def join_kernel(
     parts_ptr: tl.tensor, x_scales_ptr: tl.tensor, scales_ptr: tl.tensor, bias_ptr: tl.tensor, out_ptr: tl.tensor,
     num_rows: tl.tensor, N: tl.tensor, SPLITS: tl.constexpr, B: tl.constexpr,

@@ -31,7 +31,7 @@ def adapter_after(ids: tl.tensor, adapter: tl.tensor) -> tl.tensor:
     return tl.min(tl.where(ids > adapter, ids, NONE), 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "pieces"])
 def shrink_kernel(
     x_ptr: tl.tensor,
     a_ptr: tl.tensor,
@@ -77,7 +77,7 @@ def shrink_kernel(
     tl.store(parts_ptr + at, result, mask=inside[:, None] & there[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_parts"])
 def expand_kernel(
     y_ptr: tl.tensor,
     b_ptr: tl.tensor,

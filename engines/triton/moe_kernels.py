@@ -74,7 +74,7 @@ def route_kernel(
     tl.store(weights_ptr + token * TOP_K + places, weights * scale, mask=places < TOP_K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def count_kernel(
     ids_ptr: tl.tensor, counts_ptr: tl.tensor, num_slots: tl.tensor, E_BLOCK: tl.constexpr, CHUNK: tl.constexpr
 ) -> None:
@@ -86,7 +86,7 @@ def count_kernel(
     tl.store(counts_ptr + tl.program_id(0) * E_BLOCK + experts, tl.sum(hits, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_chunks", "num_blocks"])
 def layout_kernel(
     counts_ptr: tl.tensor, starts_ptr: tl.tensor, experts_ptr: tl.tensor, num_chunks: tl.tensor, num_blocks: tl.tensor,
     E_BLOCK: tl.constexpr, BLOCK_T: tl.constexpr, ROWS: tl.constexpr, B: tl.constexpr,
@@ -110,7 +110,7 @@ def layout_kernel(
         tl.store(experts_ptr + places, tl.where(before < E_BLOCK, before, -1), mask=places < num_blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_slots"])
 def place_kernel(
     ids_ptr: tl.tensor, counts_ptr: tl.tensor, starts_ptr: tl.tensor, slots_ptr: tl.tensor, num_slots: tl.tensor,
     E_BLOCK: tl.constexpr, CHUNK: tl.constexpr,

@@ -17,7 +17,7 @@ ROW_VALUES = 2048
 """Short rows, as those of q_norm, share a program until it has so many values."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def rms_norm_kernel(
     x_ptr: tl.tensor,
     residual_ptr: tl.tensor,
@@ -56,7 +56,7 @@ def rms_norm_kernel(
     tl.store(out_ptr + rows.to(tl.int64)[:, None] * N + columns[None, :], result.to(x.dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def layer_norm_kernel(
     x_ptr: tl.tensor,
     residual_ptr: tl.tensor,

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from tests.engines.triton.launched import SHARED
+
 ROOT = Path(__file__).resolve().parents[3]
-SHARED = {70: 96 << 10, 75: 64 << 10, 80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
-"""Shared memory that a block may have, by compute capability (CUDA C++ programming guide, table of capabilities)."""
 REGISTERS = 65536
 """Of a multiprocessor."""
 GROUPS = ("attention", "cache", "adapters", "elementwise", "sampling", "packed", "even", "mixtures")
