@@ -196,7 +196,7 @@ def num_blocks(model: Model, config: EngineConfig, dtype: torch.dtype, free: int
     if count < 1:
         raise MemoryError(
             f"backend_config.kv_cache_bytes: {size:,} bytes; expected at least {block_bytes:,} for one block of "
-            f"{config.block_size} tokens; free memory, or make block_size smaller"
+            f"{config.block_size} tokens; raise it, or free memory where it is null"
         )
     return count
 

@@ -178,7 +178,8 @@ def _kind(error: Exception) -> str:
         return "checkpoint"
     if isinstance(error, UnsupportedModelError):
         return "unsupported"
-    return "engine" if isinstance(error, (MemoryError, RuntimeError, ImportError)) else "other"
+    # OSError: a library that does not load or is out of date, a file that cannot be read.
+    return "engine" if isinstance(error, (MemoryError, RuntimeError, ImportError, OSError)) else "other"
 
 
 _PACK = {cls: attrgetter(*(field.name for field in fields(cls))) for cls in (Request, Outcome)}

@@ -17,9 +17,10 @@ from engines.api import Request
 from engines.checkpoint import Checkpoint
 from engines.platform import measure
 from runner.chunk import Chunk
-from runner.errors import ConfigError, RowError
+from runner.errors import ConfigError, InputError, RowError
 from runner.prompt import load_tokenizer
 from runner.source import Source, open_source
+from runner.source.paths import shown_url
 from runner.tasks import Task, build_task
 
 if TYPE_CHECKING:
@@ -155,7 +156,8 @@ def inspect(plan: Plan, checkpoint: Checkpoint) -> Inspection:
 
 
 def check_columns(job: JobConfig, task: Task, source: Source) -> None:
-    """Raises ConfigError naming every column that the configuration uses and the input has not."""
+    """Raises ConfigError naming every column that the configuration uses and the input has not, InputError where the
+    input has none at all."""
     wanted = dict.fromkeys(task.columns, f"task {job.task.name}")
     wanted |= {column: f"sampling.columns.{key}" for key, column in job.sampling_columns.items()}
     wanted |= dict.fromkeys(job.output.keep_columns or [], "output.keep_columns")
@@ -163,12 +165,17 @@ def check_columns(job: JobConfig, task: Task, source: Source) -> None:
         wanted[job.model.adapter_column] = "model.adapter_column"
     if job.dataset.id_column is not None:
         wanted[job.dataset.id_column] = "dataset.id_column"
+    if wanted and not source.schema.names:
+        raise InputError(
+            f"dataset.path: {shown_url(job.dataset.path)}: empty, so without columns; expected {', '.join(wanted)}; "
+            "check the input"
+        )
     findings = []
     for column, key in wanted.items():
         if column not in source.schema.names:
             near = difflib.get_close_matches(column, source.schema.names, 1)
             hint = f"did you mean {near[0]!r}?" if near else "correct the name"
-            columns = ", ".join(source.schema.names) or "none"
+            columns = ", ".join(source.schema.names)
             findings.append(f"{key}: column {column!r} is not in the dataset; expected one of {columns}; {hint}")
     if findings:
         raise ConfigError("\n".join(findings))

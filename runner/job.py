@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -25,7 +26,7 @@ from runner.chunk import Chunk, Part
 from runner.config import JobConfig, ShardConfig, to_yaml
 from runner.disk import check_room
 from runner.engine_main import Loader, load
-from runner.errors import EngineError, InternalError, RowError, RunnerError
+from runner.errors import EngineError, InputError, InternalError, RowError, RunnerError
 from runner.inspect import UNKNOWN_LENGTH, check_columns
 from runner.journal import Journal
 from runner.leases import Leases
@@ -33,6 +34,7 @@ from runner.ledger import Ledger
 from runner.openai_batch import OUTPUT_FILE, write_batch_files
 from runner.progress import Counts, Progress, Summary
 from runner.prompt import load_tokenizer
+from runner.secrets import mask
 from runner.sink import Sink
 from runner.source import Source, open_source
 from runner.stop import ErrorLimit, Stop
@@ -81,16 +83,17 @@ def run(plan: Plan, engine: Engine | None = None, loader: Loader = load) -> Summ
     task = build_task(job, checkpoint, tokenizer, plan.settings.config.max_model_len or UNKNOWN_LENGTH)
     check_columns(job, task, source)
     layout = Layout(job, source.schema, task)
-    ledger = Ledger.open(plan.output_folder, plan.fingerprint, job.on_change)
+    ledger = Ledger.open(plan.output_folder, plan.fingerprint, job.on_change, lambda ledger: fits(source, ledger))
+    if ledger.finished and not job.retry_errors:
+        check_input(source, ledger)
+        if ledger.storage.size(OUTPUT_FILE) is None:
+            write_batch(job, ledger)
+        print(mask(f"{job.name}: finished already, nothing to do: {ledger.folder}"), file=sys.stderr, flush=True)
+        return summarize(ledger, True, Counts(), began)
     with (
         contextlib.closing(Progress(local_folder(ledger.folder), worker_label(job.shard))) as progress,
         Stop(job, began) as stop,
     ):
-        if ledger.finished and not job.retry_errors:
-            if ledger.storage.size(OUTPUT_FILE) is None:
-                write_batch(job, ledger)
-            progress.say(f"{job.name}: finished already, nothing to do: {ledger.folder}")
-            return summarize(ledger, True, Counts(), began)
         save_plan(plan, ledger)
         for name, new in layout.renamed.items():
             progress.say(f"dataset: column {name!r} is in the output as {new!r}, as the task has one of that name")
@@ -107,6 +110,20 @@ def run(plan: Plan, engine: Engine | None = None, loader: Loader = load) -> Summ
             finish(job, ledger, runner.num_chunks, summary)
         progress.say(summary.text())
         return summary
+
+
+def check_input(source: Source, ledger: Ledger) -> None:
+    """Raises InputError when the input is not the one that the committed chunks were made from."""
+    source.check_unchanged({p.chunk.file: p.chunk.file_id for p in ledger.done().values()}, ledger.finished)
+
+
+def fits(source: Source, ledger: Ledger) -> bool:
+    """What check_input says, as an answer."""
+    try:
+        check_input(source, ledger)
+    except InputError:
+        return False
+    return True
 
 
 def finish(job: JobConfig, ledger: Ledger, num_chunks: int, summary: Summary) -> None:

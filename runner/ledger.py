@@ -37,7 +37,7 @@ Nothing is locked and nothing is appended to, so any number of processes on any 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
@@ -80,7 +80,13 @@ class Ledger:
         """Newest generation of each committed chunk."""
 
     @classmethod
-    def open(cls, folder: str | Storage, fingerprint: Mapping[str, str], on_change: str = "refuse") -> Ledger:
+    def open(
+        cls,
+        folder: str | Storage,
+        fingerprint: Mapping[str, str],
+        on_change: str = "refuse",
+        fits: Callable[[Ledger], bool] = lambda ledger: True,
+    ) -> Ledger:
         """Begin a job in a folder, or go on with it: completes what a crash has left half done.
 
         Args:
@@ -88,15 +94,19 @@ class Ledger:
             fingerprint: All that can change a result, by name.
             on_change: What to do if the folder holds a job with another fingerprint: refuse (OutputError with the
                 keys that differ) or new (use <folder>-2, <folder>-3, ...).
+            fits: With on_change=new, whether what is committed was made from the input that there is now.
         """
         storage = open_storage(folder) if isinstance(folder, str) else folder
         root = storage.root
         number = 1
         while True:
             differences = _claim(storage, dict(fingerprint))
+            ledger = cls(storage)
             if not differences:
-                break
-            if on_change != "new":
+                ledger.refresh()
+                if on_change != "new" or fits(ledger):
+                    break
+            elif on_change != "new":
                 raise OutputError(
                     f"{storage.root}: holds another job; expected the same {', '.join(differences)}: "
                     + "; ".join(differences.values())
@@ -104,8 +114,6 @@ class Ledger:
                 )
             number += 1
             storage = open_storage(f"{root}-{number}")
-        ledger = cls(storage)
-        ledger.refresh()
         ledger.recover()
         ledger._check_parts()
         return ledger

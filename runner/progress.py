@@ -15,6 +15,7 @@ import orjson
 
 from engines.api import EngineStats
 from runner.secrets import mask
+from runner.storage import explained
 
 LOG_FILE = "run.log"
 METRICS_FILE = "metrics.jsonl"
@@ -97,13 +98,12 @@ class Progress:
     """
 
     def __init__(self, folder: Path, label: str = "", total_rows: int | None = None) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.total_rows = total_rows
         self._label = f"{label}: " if label else ""
         self._began = self._last_line = self._last_bar = time.monotonic()
         self._last = Counts()
-        self._log = _open(folder / LOG_FILE)
-        self._metrics = _open(folder / METRICS_FILE)
+        self._log = _Lines(folder / LOG_FILE)
+        self._metrics = _Lines(folder / METRICS_FILE)
         self._bar: Any = None
 
     def start(self) -> None:
@@ -130,7 +130,7 @@ class Progress:
     def note(self, text: str) -> None:
         """A line for the log alone."""
         now = datetime.now().astimezone().isoformat(timespec="seconds")
-        _append(self._log, f"{now} {self._label}{mask(text)}\n".encode())
+        self._log.append(f"{now} {self._label}{mask(text)}\n".encode())
 
     def update(self, counts: Counts, num_read: int, stats: EngineStats | None) -> None:
         """Show how far the run is; may be called at any rate.
@@ -154,8 +154,8 @@ class Progress:
         self._write_metrics(counts, num_read, stats, time.monotonic())
 
     def close(self) -> None:
-        os.close(self._log)
-        os.close(self._metrics)
+        self._log.close()
+        self._metrics.close()
 
     def _write_line(self, counts: Counts, num_read: int, stats: EngineStats | None, now: float) -> None:
         line = self._line(counts, num_read, stats, now)
@@ -201,7 +201,7 @@ class Progress:
                 "num_steps": stats.num_steps,
                 "num_preemptions": stats.num_preemptions,
             }
-        _append(self._metrics, orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
+        self._metrics.append(orjson.dumps(record, option=orjson.OPT_APPEND_NEWLINE))
         self._last_line = now
         self._last = Counts(counts.num_rows, counts.num_prompt_tokens, 0, counts.num_output_tokens)
 
@@ -220,10 +220,19 @@ def _used(stats: EngineStats) -> float:
     return 1 - stats.num_free_blocks / stats.num_blocks if stats.num_blocks else 0.0
 
 
-def _open(path: Path) -> int:
-    return os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+class _Lines:
+    """A file that several processes append to. Raises OutputError where the disk does not let them."""
 
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with explained(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
 
-def _append(file: int, data: bytes) -> None:
-    """One write, so that the lines of several processes do not mix."""
-    os.write(file, data)
+    def append(self, line: bytes) -> None:
+        """One write, so that the lines of several processes do not mix."""
+        with explained(self._path):
+            os.write(self._file, line)
+
+    def close(self) -> None:
+        os.close(self._file)

@@ -101,7 +101,9 @@ def arguments(schema: Sequence[Key], values: Any, path: str, findings: list[str]
 def finding(path: str, value: Any, key: Key) -> str:
     """The line about a value that a key may not have."""
     choices = key.bounds.get("choices") or _literals(key.hint)
-    return f"{path}: {_shown(value)}; expected {expected_words(key)}; {advice(str(value), choices, 'correct it')}"
+    in_brackets = expected_words(key).startswith("a list") and isinstance(value, (str, int, float))
+    otherwise = f"put it in brackets, as in {path}=[{value}]" if in_brackets else "correct it"
+    return f"{path}: {_shown(value)}; expected {expected_words(key)}; {advice(str(value), choices, otherwise)}"
 
 
 def out_of_bounds(config: Any, path: str) -> list[str]:

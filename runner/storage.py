@@ -305,15 +305,20 @@ class LocalStorage:
         while view:
             view = view[self._write(fd, view) :]
 
-    @contextlib.contextmanager
-    def _explained(self, path: str) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:
-            raise OutputError(
-                f"{Path(self.root, path)}: {error.strerror or error}; expected a folder that can be written and has "
-                "room; what is committed is kept: make room or fix the permissions, then run the same command again"
-            ) from error
+    def _explained(self, path: str) -> contextlib.AbstractContextManager[None]:
+        return explained(Path(self.root, path))
+
+
+@contextlib.contextmanager
+def explained(path: Path) -> Iterator[None]:
+    """What the system says about writing a file, as an OutputError."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{path}: {error.strerror or error}; expected a folder that can be written and has room; what is committed "
+            "is kept: make room or fix the permissions, then run the same command again"
+        ) from error
 
 
 def _read(path: Path) -> bytes:

@@ -340,9 +340,10 @@ class Worker:
             return EngineError(f"model.path: {failure.message}")
         if failure.kind == "other":
             return InternalError(f"{self._name}: {failure.message}; while the model was loaded; see run.log")
+        expected = "" if "; expected " in failure.message else "expected a model that fits this device; "
         return EngineError(
-            f"{self._name}: cannot load {self._settings.model_path}: {failure.message}; expected a model that fits "
-            "this device; see mode=plan, or choose another backend"
+            f"{self._name}: cannot load {self._settings.model_path}: {failure.message}; {expected}see mode=plan, or "
+            "choose another backend"
         )
 
     def _restart(self) -> None:

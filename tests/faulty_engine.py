@@ -115,6 +115,11 @@ def load_no_memory(settings: EngineSettings, watch: Watch, permission: Callable[
     raise MemoryError("no room")
 
 
+def load_old_library(settings: EngineSettings, watch: Watch, permission: Callable[[], None]) -> FaultyEngine:
+    """One whose compiled library cannot be used."""
+    raise OSError("_ops.so: built from other sources; expected those here; build it again")
+
+
 def load_bad_checkpoint(settings: EngineSettings, watch: Watch, permission: Callable[[], None]) -> FaultyEngine:
     """One of a checkpoint that is broken."""
     raise CheckpointError("w: expected a tensor")

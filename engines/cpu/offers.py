@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from engines.api import EngineConfig
+from engines.api import EngineConfig, bounded
 from engines.capability import ANYTHING, DENSE_ONLY, YES, Allowed, Offer, one_of
 from engines.platform import CPU_EXTENSION, Host
 
@@ -13,7 +13,7 @@ from engines.platform import CPU_EXTENSION, Host
 class Config(EngineConfig):
     """Settings of the CPU engine."""
 
-    num_threads: int | None = None
+    num_threads: int | None = bounded(None, ge=1)
     """Threads that compute; null: one for each core that this process may use."""
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import pkgutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib import import_module
 from types import ModuleType
 from typing import Protocol
@@ -50,6 +50,13 @@ class Source(Protocol):
         and counts for the limit. Without such rows there is no such column.
 
         Raises InputError, naming the file, when its content is no longer the one that the chunk was made from.
+        """
+
+    def check_unchanged(self, committed: Mapping[str, str], complete: bool) -> None:
+        """Compare the files that chunks were committed of, name -> identity, with those that there are now; complete:
+        there were no others. Reads no rows.
+
+        Raises InputError, naming the file: one is gone, has another content, or is new.
         """
 
 

@@ -128,6 +128,23 @@ class FileSource(ABC):
         errors = [ERROR_COLUMN] if ERROR_COLUMN in table.schema.names else []
         return one_batch(table.select([*wanted, ROW_COLUMN, *errors]), chunk)
 
+    def check_unchanged(self, committed: Mapping[str, str], complete: bool) -> None:
+        """Compare the files with those of committed chunks: see runner.source.Source."""
+        again = "restore the input, or start a new job (on_change=new or another name)"
+        for name, file_id in committed.items():
+            file = self._by_name.get(name)
+            if file is None:
+                raise InputError(
+                    f"{name}: is no longer part of the input; expected the files that the job had; {again}"
+                )
+            if file.identity() != file_id:
+                raise InputError(f"{name}: its content has changed; expected what the job was made from; {again}")
+        if not complete or self.dataset.limit is not None:
+            return
+        for name, file in self._by_name.items():
+            if name not in committed and next(self.ranges(file), None) is not None:
+                raise InputError(f"{name}: is a new file of the input; expected the files that the job had; {again}")
+
     # Parts of the above.
 
     def _within(self, chunk: Chunk, remaining: int) -> tuple[int, int]:

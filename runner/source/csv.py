@@ -225,7 +225,8 @@ def convert(column: pa.Array, data_type: pa.DataType) -> tuple[pa.Array, dict[in
             result.append(_cast(pa.array([value], pa.binary()), data_type)[0].as_py())
         except pa.ArrowException:
             text = repr(value.decode("utf-8", "backslashreplace"))
-            misfits[position] = f"found {text if len(text) <= 60 else text[:57] + '...'}; expected {data_type}"
+            expected = "text in UTF-8" if pa.types.is_string(data_type) else data_type
+            misfits[position] = f"found {text if len(text) <= 60 else text[:57] + '...'}; expected {expected}"
             result.append(None)
     return pa.array(result, data_type), misfits
 

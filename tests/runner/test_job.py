@@ -13,7 +13,7 @@ import pytest
 from engines.api import ErrorInfo, Outcome, Request, SamplingParams
 from runner import job as job_module
 from runner.config import ShardConfig
-from runner.errors import ConfigError, EngineError, InternalError, Interrupted, OutputError, TooManyErrors
+from runner.errors import ConfigError, EngineError, InputError, InternalError, Interrupted, OutputError, TooManyErrors
 from runner.job import run
 from runner.tasks import generate
 from runner.verify import verify
@@ -139,6 +139,13 @@ def test_a_missing_column_is_said_before_anything_is_made(
     assert not (tmp_path / "out").exists()
 
 
+def test_an_input_without_columns_is_said_to_be_empty(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows" / "night.jsonl").touch()
+    with pytest.raises(InputError, match=r"dataset\.path: .*rows: empty, so without columns; expected text; check"):
+        run(make_plan(tmp_path), FakeEngine())
+
+
 def test_the_folder_of_another_job_is_refused_or_left_alone(tmp_path: Path, rows: Path) -> None:
     first = run(make_plan(tmp_path), FakeEngine())
     other = generate.Config("generate", prompt="Say {{ text }}")
@@ -156,6 +163,50 @@ def test_a_finished_job_does_nothing(tmp_path: Path, rows: Path, capsys: Any, mo
     assert summary.finished and summary.counts.num_rows == 0 and summary.num_rows == 650
     assert "finished already" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*.parquet")} == before
+
+
+CHANGED = {
+    "content": ([["a", "b"], ["other"]], r"1\.parquet: its content has changed", 3),
+    "gone": ([["a", "b"]], r"1\.parquet: is no longer part", 2),
+    "new": ([["a", "b"], ["c", "d"], ["e"]], r"2\.parquet: is a new file", 5),
+}
+
+
+@pytest.mark.parametrize(("files", "message", "num_rows"), CHANGED.values(), ids=CHANGED)
+def test_another_input_is_another_job_also_when_the_first_is_finished(
+    tmp_path: Path, files: list[list[str]], message: str, num_rows: int
+) -> None:
+    write_rows(tmp_path / "rows", ["a", "b"], ["c", "d"])
+    first = run(make_plan(tmp_path), FakeEngine())
+    (tmp_path / "rows" / "1.parquet").unlink()
+    write_rows(tmp_path / "rows", *files)
+    with pytest.raises(InputError, match=message):
+        run(make_plan(tmp_path), FakeEngine())
+    for _ in range(2):
+        second = run(make_plan(tmp_path, on_change="new"), FakeEngine())
+        assert (second.folder, second.num_rows) == (f"{first.folder}-2", num_rows)
+
+
+def test_new_files_behind_the_limit_or_without_rows_change_nothing(tmp_path: Path) -> None:
+    write_rows(tmp_path / "rows", ["a", "b"])
+    limited = {"name": "limited", "dataset": {"limit": 2}}
+    run(make_plan(tmp_path), FakeEngine())
+    run(make_plan(tmp_path, **limited), FakeEngine())
+    write_rows(tmp_path / "rows", ["a", "b"], [])
+    assert run(make_plan(tmp_path), FakeEngine()).counts.num_rows == 0
+    write_rows(tmp_path / "rows", ["a", "b"], [], ["c"])
+    assert run(make_plan(tmp_path, **limited), FakeEngine()).counts.num_rows == 0
+
+
+def test_a_log_that_cannot_be_written_is_a_message_and_no_matter_once_all_is_done(tmp_path: Path, rows: Path) -> None:
+    (tmp_path / "out" / "job" / "run.log").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"run\.log: Is a directory; expected a folder that can be written"):
+        run(make_plan(tmp_path), FakeEngine())
+    (tmp_path / "out" / "job" / "run.log").rmdir()
+    run(make_plan(tmp_path), FakeEngine())
+    (tmp_path / "out" / "job" / "run.log").unlink()
+    (tmp_path / "out" / "job" / "run.log").mkdir()
+    assert run(make_plan(tmp_path)).finished
 
 
 def test_retry_does_the_failed_rows_again_and_no_others(tmp_path: Path) -> None:

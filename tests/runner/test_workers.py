@@ -141,6 +141,11 @@ def test_an_engine_that_computes_nothing_is_given_up(tmp_path: Path) -> None:
     ("loader", "error", "message"),
     [
         (faulty_engine.load_no_memory, EngineError, "engine cpu: cannot load .*no room; expected a model that fits"),
+        (
+            faulty_engine.load_old_library,
+            EngineError,
+            "cannot load .*other sources; expected those here; build it again;",
+        ),
         (faulty_engine.load_bad_checkpoint, InputError, "model.path: w: expected a tensor"),
         (faulty_engine.load_dies, EngineError, "cannot load .*killed by the system .*expected a model that fits"),
     ],

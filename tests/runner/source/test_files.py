@@ -220,6 +220,12 @@ def test_no_rows_is_one_empty_chunk(tmp_path: Path, suffix: str) -> None:
     assert source.schema.names == ([] if suffix == "jsonl" else ["text"])
 
 
+def test_text_in_another_encoding_is_an_error_of_its_row_that_says_so(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_bytes("id,text\n1,Größe\n".encode("latin-1"))
+    (row,) = rows_of(tmp_path / "a.csv")
+    assert row["text"] is None and row[ERROR_COLUMN].endswith("expected text in UTF-8")
+
+
 def test_empty_row_groups(tmp_path: Path) -> None:
     table = pa.table({"id": [1, 2, 3]})
     with pq.ParquetWriter(tmp_path / "a.parquet", table.schema) as writer:
