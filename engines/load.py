@@ -10,7 +10,7 @@ import torch
 
 from engines import costs
 from engines.api import EngineConfig, EngineSettings, GPUConfig
-from engines.core.device import Device, out_of_memory
+from engines.core.device import Device, let_go, out_of_memory
 from engines.core.engine import LLMEngine, Watch
 from engines.core.profile import step_bytes
 from engines.models.base import Model
@@ -111,7 +111,7 @@ def _with_cache(make: Callable[[int], LLMEngine], count: int, device: Device, gr
         try:
             engine = make(count)
         except (MemoryError, RuntimeError) as error:
-            failure = error
+            failure = let_go(error)
         everywhere = group.least(int(failure is None))
         if engine is not None and everywhere:
             engine.notes += notes
@@ -153,7 +153,7 @@ def _sized(
         except (MemoryError, RuntimeError) as error:
             if group.place.size > 1 or not out_of_memory(error):
                 raise  # the other ranks are in the middle of the step
-            failure = error
+            failure = let_go(error)
         else:
             device.empty_cache()
             return config, reserved, notes

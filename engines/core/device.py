@@ -5,10 +5,11 @@ computes while it is asked, and an accelerator, which works through a queue.
 from __future__ import annotations
 
 import itertools
+import traceback
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Many
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -139,7 +140,23 @@ def unpack(packed: Tensor, arrays: Many[np.ndarray]) -> list[Tensor]:
     ]
 
 
+OUT_OF_MEMORY = ("can't allocate memory", "out of memory", "STATUS_ALLOC_FAILED")
+"""Of torch on a processor; of the CUDA runtime, the driver and Triton; of CUDA's libraries, as handles are made."""
+
+Failure = TypeVar("Failure", bound=BaseException)
+
+
 def out_of_memory(error: Exception) -> bool:
     """Whether less would have worked."""
     text = str(error)
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(said in text for said in OUT_OF_MEMORY)
+
+
+def let_go(error: Failure) -> Failure:
+    """The same error, of which the traceback no longer holds what functions had in their hands: tensors, whose memory
+    the next try needs."""
+    chain: BaseException | None = error
+    while chain is not None:
+        traceback.clear_frames(chain.__traceback__)
+        chain = chain.__context__
+    return error

@@ -28,7 +28,7 @@ from engines.api import (
 )
 from engines.core.block_manager import BlockManager
 from engines.core.copies import CopyScheduler
-from engines.core.device import Device, out_of_memory
+from engines.core.device import Device, let_go, out_of_memory
 from engines.core.flight import Flight
 from engines.core.graphs import may_capture
 from engines.core.model_runner import ModelRunner
@@ -248,7 +248,7 @@ class LLMEngine:
         try:
             flight = self._launch(step)
         except Exception as error:
-            failure = error
+            failure = let_go(error)
         if failure is not None:
             # Out of the handler, so that the failures of the halves are not chained to this one.
             if isinstance(failure, GroupError) or self.device.lost():

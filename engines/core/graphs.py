@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engines.api import EngineConfig, GPUConfig
 from engines.batch import Batch
-from engines.core.device import Device, out_of_memory, unpack
+from engines.core.device import Device, let_go, out_of_memory, unpack
 from engines.core.scheduler import Scheduled
 from engines.core.sequence import UNREAD
 from engines.models.base import Cache, Model
@@ -115,7 +115,7 @@ class DecodeGraphs:
             try:
                 self._graphs[size] = self._capture(size)
             except Exception as error:
-                failure = error
+                failure = let_go(error)
             worst = _MADE if failure is None else _FULL if out_of_memory(failure) else _IMPOSSIBLE
             worst = self.group.least(worst)
             if worst == _MADE:

@@ -1,10 +1,10 @@
 """Checks and times every GPU kernel and the engines: `python -m tests.gpu`, under nine minutes, no network.
 
     python -m tests.gpu --only attention      cases and kernels with this in their name
-    python -m tests.gpu --parts decode        check, kernels, devices, decode, requests, sanitizer
+    python -m tests.gpu --parts decode        compile, check, kernels, decode, requests, sanitizer, devices
     python -m tests.gpu --interpret           Triton's kernels on the processor, small: that the command works
 
-Each part is a process with a share of the time; what one leaves the next ones have. The ledger,
+Each part is a process, and so is what may break the device in it; what it has found until then is kept. The ledger,
 engines/gpu_ledger.json, is what was seen on GPUs: one entry for each kernel, with the hash of its sources, written
 after each part. A run on a processor writes none. Exit code 1: a case failed, or time ran out.
 """
@@ -12,10 +12,12 @@ after each part. A run on a processor writes none. Exit code 1: a case failed, o
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import hashlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -29,8 +31,16 @@ from engines.platform import installed_extensions
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"triton": ROOT / "engines/triton", "cuda": ROOT / "csrc/cuda"}
-SHARES = {"check": 0.3, "kernels": 0.2, "devices": 0.1, "decode": 0.15, "requests": 0.15, "sanitizer": 0.1}
-"""Of the time, by part."""
+MOST_S = {
+    "compile": 180.0,
+    "check": 150.0,
+    "kernels": 100.0,
+    "decode": 120.0,
+    "requests": 120.0,
+    "sanitizer": 120.0,
+    "devices": 60.0,
+}
+"""For each part of one backend. What is right comes before what is fast: where time runs out, the last ones go."""
 ENDING_S = 10.0
 """A part is told to be done so long before it is ended."""
 
@@ -38,18 +48,19 @@ ENDING_S = 10.0
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--only", default="", help="cases and kernels whose name contains this")
-    parser.add_argument("--parts", nargs="+", choices=tuple(SHARES), help="all; with --only check and kernels")
+    parser.add_argument("--parts", nargs="+", choices=tuple(MOST_S), help="all; with --only check and kernels")
     parser.add_argument("--backends", nargs="+", choices=tuple(FOLDERS), default=list(FOLDERS))
     parser.add_argument("--interpret", action="store_true", help="on the processor; writes no ledger")
     parser.add_argument("--seconds", type=float, default=480.0, help="stop before this; 480")
+    parser.add_argument("--ledger", type=Path, default=LEDGER, help="another file for what is seen, begun as that one")
     parser.add_argument("--no-build", action="store_true", help="take the CUDA library as it is")
     asked = parser.parse_args()
     deadline = time.time() + asked.seconds
-    asked.parts = asked.parts or (["check", "kernels"] if asked.only else list(SHARES))
+    asked.parts = asked.parts or (["check", "kernels"] if asked.only else list(MOST_S))
     if asked.interpret:
         os.environ["TRITON_INTERPRET"] = "1"
         asked.backends = ["triton"]
-        asked.parts = [part for part in asked.parts if part != "sanitizer"]
+        asked.parts = [part for part in asked.parts if part not in ("compile", "sanitizer")]
     import torch
 
     if not asked.interpret and not torch.cuda.is_available():
@@ -71,7 +82,8 @@ def built(as_it_is: bool) -> bool:
         # From 9.0 on, kernels use what only that generation has.
         os.environ.setdefault("CSRC_CUDA_ARCHS", f"{major}{minor}{'a' if major >= 9 else ''}")
         command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        environment = {**os.environ, "DISABLE_CPU_EXTENSION": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             print(*(done.stdout + done.stderr).splitlines()[-20:], sep="\n")
     return "cuda" in installed_extensions()
@@ -82,47 +94,54 @@ def run(asked: argparse.Namespace, device: str, deadline: float) -> bool:
     failed = False
     errors: dict[str, dict[str, float]] = {}
     # Every engine's correctness before any figure.
-    todo = [(part, backend) for part in SHARES if part in asked.parts for backend in asked.backends]
-    for number, (part, backend) in enumerate(todo):
-        weight = SHARES[part] / sum(SHARES[other] for other, _ in todo[number:])
-        seconds = (deadline - time.time()) * weight
-        if seconds <= 0:
-            print(f"{backend}, {part}: left out, no time")
-            failed = True
-            continue
-        print(f"{backend}, {part}: at most {seconds:.0f} s", flush=True)
-        result = one(part, backend, device, asked.only, seconds)
-        failed |= result["failed"]
-        for line in result["lines"]:
-            print(f"  {line}")
-        if result["ceilings"]:
-            print(
-                "    at " + ", ".join(f"{name} {value:.3f}" for name, value in result["ceilings"].items()), flush=True
-            )
-        errors.setdefault(backend, {}).update(result["errors"])
-        if device != "cpu" and result["entries"]:
-            entries = {f"{backend}: {n}": entry(backend, n, e, errors[backend]) for n, e in result["entries"].items()}
-            write(entries, device, result["ceilings"])
+    for part in (part for part in MOST_S if part in asked.parts):
+        for backend in asked.backends:
+            seconds = min(MOST_S[part], deadline - time.time())
+            if seconds <= 0:
+                print(f"{backend}, {part}: left out, no time")
+                failed = True
+                continue
+            print(f"{backend}, {part}: at most {seconds:.0f} s", flush=True)
+            begin = time.time()
+            result = one(part, backend, device, asked.only, seconds)
+            failed |= result["failed"]
+            for line in result["lines"]:
+                print(f"  {line}")
+            limits = "".join(f", {name} {value:.3f}" for name, value in result["ceilings"].items())
+            print(f"    {time.time() - begin:.0f} s{limits}", flush=True)
+            errors.setdefault(backend, {}).update(result["errors"])
+            if device != "cpu" and result["entries"]:
+                found = {f"{backend}: {n}": entry(backend, n, e, errors[backend]) for n, e in result["entries"].items()}
+                write(found, device, result["ceilings"], asked.ledger)
     return failed
 
 
 def one(part: str, backend: str, device: str, only: str, seconds: float) -> dict[str, Any]:
-    """The result of a part; one that ends without leaving any has failed, and its last lines say how."""
-    nothing = {"failed": True, "ceilings": {}, "entries": {}, "errors": {}}
+    """The result of a part: what it had found, and how it ended, if that was not by itself."""
+    result: dict[str, Any] = {"failed": True, "lines": [], "ceilings": {}, "entries": {}, "errors": {}, "whole": False}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "result.json"
         command = [sys.executable, "-W", "ignore", "-m", "tests.gpu.parts", part, "--backend", backend]
         command += ["--device", device, "--only", only, "--seconds", str(max(seconds - ENDING_S, seconds / 2))]
         command += ["--result", str(file)]
-        try:
-            done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds)
-        except subprocess.TimeoutExpired:
-            return {**nothing, "lines": [f"ended after its {seconds:.0f} s"]}
-        if not file.exists():
-            said = (done.stdout + done.stderr).splitlines()[-15:]
-            return {**nothing, "lines": [f"ended with status {done.returncode}", *said]}
-        found: dict[str, Any] = json.loads(file.read_text())
-        return found
+        with (Path(folder) / "said").open("w+") as said:
+            # A session of its own, so that what it started ends with it.
+            process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, start_new_session=True)
+            try:
+                ending = f"ended with status {process.wait(seconds)}"
+            except subprocess.TimeoutExpired:
+                ending = f"ended after its {seconds:.0f} s"
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            said.seek(0)
+            last = said.read().splitlines()[-15:]
+        if file.exists():
+            result = json.loads(file.read_text())
+    if not result["whole"]:
+        result["failed"] = True
+        result["lines"] += [ending, *last]
+    return result
 
 
 OPS = {
@@ -147,7 +166,7 @@ def entry(backend: str, name: str, found: dict[str, Any], worst: dict[str, float
     }
 
 
-def write(entries: dict[str, dict[str, Any]], device: str, ceilings: dict[str, float]) -> None:
+def write(entries: dict[str, dict[str, Any]], device: str, ceilings: dict[str, float], ledger: Path) -> None:
     """Into the ledger, over what it has of the same kernels."""
     import torch
     import transformers
@@ -165,12 +184,12 @@ def write(entries: dict[str, dict[str, Any]], device: str, ceilings: dict[str, f
         "transformers": transformers.__version__,
         **{name: round(value, 3) for name, value in ceilings.items()},
     }
-    known = json.loads(LEDGER.read_text())
+    known = json.loads((ledger if ledger.exists() else LEDGER).read_text())
     known.update({name: {**where, **values} for name, values in entries.items()})
-    partial = LEDGER.with_suffix(".partial")
+    partial = ledger.with_suffix(".partial")
     partial.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
-    partial.replace(LEDGER)
-    print(f"    wrote {len(entries)} entries to {LEDGER.relative_to(ROOT)}", flush=True)
+    partial.replace(ledger)
+    print(f"    wrote {len(entries)} entries to {ledger.name}", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Every case of every op on a device, against the reference in float64 on the processor. Compiling takes the time, so
-cases are dealt to several processes.
+"""Every case of every op on a device, against the reference in float64 on the processor: in several processes, as
+references take the time.
 """
 
 from __future__ import annotations
@@ -7,11 +7,8 @@ from __future__ import annotations
 import importlib
 import os
 import time
-from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -21,6 +18,10 @@ from engines.ops import OpSet as Reference
 from engines.ops import origin
 from tests.cases import Case, call, cases, convert
 from tests.compare import assert_as_exact
+from tests.gpu import workers
+
+CASE_S = 90.0
+"""For one case, with the compilation of its kernels."""
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ def moved(value: Any, device: torch.device) -> Any:
     return value
 
 
-def count(backend: str, only: str, one_each: bool = False) -> int:
-    """Cases that there are."""
-    found = chosen(backend, importlib.import_module(f"engines.{backend}.opset").OpSet(), only)
-    return len(firsts(found) if one_each else found)
+def todo(backend: str, ops: Reference, only: str, one_each: bool = False) -> list[tuple[Case, torch.dtype]]:
+    """The cases to check, in the same order in every process."""
+    found = chosen(backend, ops, only)
+    return firsts(found) if one_each else found
 
 
 def firsts(found: list[tuple[Case, torch.dtype]]) -> list[tuple[Case, torch.dtype]]:
@@ -69,49 +70,58 @@ def firsts(found: list[tuple[Case, torch.dtype]]) -> list[tuple[Case, torch.dtyp
     return list(seen.values())
 
 
-def check_all(backend: str, device: str, only: str, deadline: float, one_each: bool = False) -> list[Finding]:
-    """What was checked by the deadline (of time.time): by a process for every two processors, or with one_each here."""
+def opset(backend: str) -> Reference:
+    made: Reference = importlib.import_module(f"engines.{backend}.opset").OpSet()
+    return made
+
+
+def check_all(backend: str, device: str, only: str, deadline: float, one_each: bool = False) -> Iterator[Finding]:
+    """Each case as it was checked, by the deadline (of time.time): with one_each in this process, else in one for every
+    two processors, where a case that takes the device along costs that case."""
+    given = (backend, device, only, one_each)
+    found = todo(backend, opset(backend), only, one_each)
     if one_each:
-        return check(backend, device, only, 0, 1, deadline, one_each)
-    parts = max(1, min(8, (os.cpu_count() or 2) // 2))
-    with ProcessPoolExecutor(parts, mp_context=get_context("spawn")) as pool:
-        dealt: Sequence[Any] = [
-            pool.submit(check, backend, device, only, part, parts, deadline) for part in range(parts)
-        ]
-        return sorted((f for job in dealt for f in job.result()), key=lambda finding: finding.case)
-
-
-def check(
-    backend: str, device: str, only: str, part: int, parts: int, deadline: float, one_each: bool = False
-) -> list[Finding]:
-    """Every parts-th case from `part` on, until the deadline."""
-    with ExitStack() as stack:
-        if device == "cpu":
-            from tests.engines.triton.interpreter import repaired
-
-            stack.enter_context(repaired())
-        ops = importlib.import_module(f"engines.{backend}.opset").OpSet()
-        found = chosen(backend, ops, only)
-        findings = []
-        for case, dtype in (firsts(found) if one_each else found)[part::parts]:
+        work = checker(*given)
+        for place in range(len(found)):
             if time.time() > deadline:
-                break
-            findings.append(_check(ops, case, dtype, torch.device(device)))
-    return findings
+                return
+            yield work(place)
+        return
+    processes = max(1, min(8, (os.cpu_count() or 2) // 2))
+    for place, result in workers.each(checker, given, range(len(found)), processes, CASE_S, deadline):
+        case, dtype = found[place]
+        lost = isinstance(result, workers.Lost)
+        yield Finding(str(case), str(dtype).removeprefix("torch."), 0.0, result.why) if lost else result
 
 
-def _check(ops: Reference, case: Case, dtype: torch.dtype, device: torch.device) -> Finding:
+def checker(backend: str, device: str, only: str, one_each: bool) -> Callable[[int], Finding]:
+    """What checks a case by its place in `todo`."""
+    open_for_good = workers.prepared(device)
+    ops = opset(backend)
+    found = todo(backend, ops, only, one_each)
+
+    def work(place: int) -> Finding:
+        assert open_for_good
+        return _check(ops, *found[place], device)
+
+    return work
+
+
+def _check(ops: Reference, case: Case, dtype: torch.dtype, device: str) -> Finding:
     error, problem = 0.0, ""
+    place = torch.device(device)
     try:
         arguments = case.arguments(dtype)
         exact = call(Reference(), case, convert(arguments, torch.float64))
         plain = call(Reference(), case, arguments)
-        there = replace(case, options={key: moved(value, device) for key, value in case.options.items()})
-        found = [result.cpu() for result in call(ops, there, moved(arguments, device))]
+        there = replace(case, options={key: moved(value, place) for key, value in case.options.items()})
+        found = [result.cpu() for result in call(ops, there, moved(arguments, place))]
         for own, right, torchs in zip(found, exact, plain, strict=True):
             assert_as_exact(own, right, torchs)
             if own.dtype.is_floating_point and own.numel():
                 error = max(error, (own.double() - right).nan_to_num(0.0, 0.0, 0.0).abs().max().item())
-    except Exception as failure:
+    except AssertionError as failure:
         problem = f"{type(failure).__name__}: {failure}"
+    except Exception as failure:
+        problem = workers.unless_lost(device, failure)
     return Finding(str(case), str(dtype).removeprefix("torch."), error, problem)

@@ -4,8 +4,10 @@ the least time that their bytes and operations take and against transformers' ow
 
 from __future__ import annotations
 
+import gc
+import importlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +20,10 @@ from engines.core.device import Device, Download
 from engines.core.engine import LLMEngine
 from engines.core.scheduler import Scheduled
 from engines.costs import matrix_parameters
+from engines.models.decoder import Decoder
 from engines.models.spec import DecoderSpec
 from engines.ops import OpSet
+from tests.gpu import workers
 from tests.gpu.timing import LLAMA_8B, SMALL, Ceilings, Timed, decoder
 
 CORE = ("core/*.py", "models/decoder.py", "layers/*.py")
@@ -59,6 +63,11 @@ class Decoding:
     notes: tuple[str, ...]
 
 
+def opset(backend: str) -> OpSet:
+    made: OpSet = importlib.import_module(f"engines.{backend}.opset").OpSet()
+    return made
+
+
 def _shape(device: torch.device) -> DecoderSpec:
     return LLAMA_8B if device.type == "cuda" else SMALL
 
@@ -69,32 +78,54 @@ def make_engine(model: Any, ops: OpSet, device: Device, config: GPUConfig, num_b
     return engine
 
 
-def time_decoding(ops: OpSet, place: torch.device, limits: Ceilings, batches: tuple[int, ...]) -> list[Decoding]:
+def decoder_timer(backend: str, device: str, limits: Ceilings) -> Callable[[int], Decoding]:
+    """What times steps of so many sequences."""
+    open_for_good = workers.prepared(device)
+    ops, place = opset(backend), torch.device(device)
+    with torch.inference_mode():
+        model = decoder(_shape(place), ops, place, 1024)
+
+    def work(count: int) -> Decoding:
+        assert open_for_good
+        try:
+            return time_decoding(model, ops, place, limits, count)
+        except Exception as error:
+            raise RuntimeError(workers.unless_lost(device, error)) from error
+
+    return work
+
+
+def time_decoding(model: Decoder, ops: OpSet, place: torch.device, limits: Ceilings, count: int) -> Decoding:
     """Steps that decode so many sequences, each about 500 tokens long, against the bytes of weights and cache."""
-    spec, prompt, steps = (LLAMA_8B, 500, 64) if place.type == "cuda" else (SMALL, 5, 3)
-    model = decoder(spec, ops, place, 1024)
-    results = []
-    for count in batches:
-        config = GPUConfig(max_model_len=1024, max_num_seqs=count, max_num_batched_tokens=8192, block_size=32)
-        device = Watched(place)
-        engine = make_engine(model, ops, device, config, count * 32)
-        sampling = SamplingParams(max_tokens=steps + 8, ignore_eos=True)
-        engine.submit(
-            [Request(i, "generate", [(i * 31 + j * 7) % 500 for j in range(prompt)], sampling) for i in range(count)]
-        )
-        while engine.stats().num_output_tokens < count * 4:
-            engine.step()
-        begin, before, device.waited_s = time.perf_counter(), engine.stats(), 0.0
-        for _ in range(steps):
-            engine.step()
-        seconds = (time.perf_counter() - begin) / steps
-        drawn = engine.stats().num_output_tokens - before.num_output_tokens
-        assert drawn == steps * count, f"{drawn} tokens in {steps} steps of {count}"
-        least = _least_s(spec, limits, count, count * (prompt + steps // 2), count)
-        timed = Timed(f"decode step of 8B, batch {count}", seconds, least / seconds, 0.75)
-        results.append(Decoding(timed, seconds - device.waited_s / steps, engine.stats().notes))
-        engine.close()
-    return results
+    prompt, steps = (500, 64) if place.type == "cuda" else (5, 3)
+    config = GPUConfig(max_model_len=1024, max_num_seqs=count, max_num_batched_tokens=8192, block_size=32)
+    device = Watched(place)
+    engine = make_engine(model, ops, device, config, count * 32)
+    # The first ones decode while the last ones are prompts.
+    sampling = SamplingParams(max_tokens=1024 - prompt, ignore_eos=True)
+    engine.submit(
+        [Request(i, "generate", [(i * 31 + j * 7) % 500 for j in range(prompt)], sampling) for i in range(count)]
+    )
+    while not _all_decode(engine, count):
+        engine.step()
+    begin, before, device.waited_s = time.perf_counter(), engine.stats(), 0.0
+    for _ in range(steps):
+        engine.step()
+    seconds = (time.perf_counter() - begin) / steps
+    drawn = engine.stats().num_output_tokens - before.num_output_tokens
+    assert drawn == steps * count, f"{drawn} tokens in {steps} steps of {count}"
+    keys = sum(seq.num_tokens for seq in engine.scheduler.running) - count * steps // 2
+    least = _least_s(_shape(place), limits, count, keys, count)
+    timed = Timed(f"decode step of 8B, batch {count}", seconds, least / seconds, 0.75)
+    notes = engine.stats().notes
+    engine.close()
+    return Decoding(timed, seconds - device.waited_s / steps, notes)
+
+
+def _all_decode(engine: LLMEngine, count: int) -> bool:
+    """Whether so many sequences have three tokens at least."""
+    running = engine.scheduler.running
+    return len(running) == count and all(seq.num_output_tokens > 3 for seq in running)
 
 
 def _least_s(spec: DecoderSpec, limits: Ceilings, num_tokens: int, num_keys: int, num_outputs: int) -> float:
@@ -121,29 +152,35 @@ def workload(count: int, most: int, vocab: int) -> list[tuple[list[int], int]]:
 
 @dataclass(frozen=True)
 class Requests:
-    """The same requests, one after another on two engines."""
+    """Wall time of requests without load."""
 
     num_requests: int
-    own_s: float
-    least_s: float
-    """Of the steps that were run, each at the device's limits."""
-    peer_s: float | None
-    """None: the peer was not run."""
-    peer_finished: bool
-    """False: it was stopped at the deadline, and peer_s is how long it had had."""
-    note: str = ""
+    time_s: float
+    least_s: float = 0.0
+    """Of the steps that were run, each at the device's limits; 0 for the peer."""
+    finished: bool = True
+    """False: it was stopped at the deadline, and time_s is how long it had had."""
 
 
-def time_requests(ops: OpSet, place: torch.device, limits: Ceilings, deadline: float) -> Requests:
-    """Wall time without load; deadline: of time.time, by which the peer is stopped."""
+def requests_timer(backend: str, device: str, limits: Ceilings, deadline: float) -> Callable[[str], Requests]:
+    """What times the same requests on its own engine ("own"), or on transformers ("peer"), which is stopped at the
+    deadline of time.time."""
+    open_for_good = workers.prepared(device)
+    place = torch.device(device)
     spec = _shape(place)
-    asked = workload(1000, 1024, spec.vocab_size) if place.type == "cuda" else workload(6, 6, spec.vocab_size)
-    own_s, least_s = _own(spec, ops, place, limits, asked)
-    try:
-        peer_s, finished = _peer(spec, place, asked, deadline)
-    except Exception as error:  # of the peer, which is not what is tested
-        return Requests(len(asked), own_s, least_s, None, False, f"{type(error).__name__}: {error}"[:300])
-    return Requests(len(asked), own_s, least_s, peer_s, finished)
+    asked = workload(1000, 1024, spec.vocab_size) if device != "cpu" else workload(6, 6, spec.vocab_size)
+
+    def work(which: str) -> Requests:
+        assert open_for_good
+        try:
+            if which == "peer":
+                time_s, finished = _peer(spec, place, asked, deadline)
+                return Requests(len(asked), time_s, finished=finished)
+            return Requests(len(asked), *_own(spec, opset(backend), place, limits, asked))
+        except Exception as error:
+            raise RuntimeError(workers.unless_lost(device, error)) from error
+
+    return work
 
 
 def _own(
@@ -201,6 +238,7 @@ def _peer(
         dtype=torch.bfloat16,
     )
     if place.type == "cuda":
+        gc.collect()  # what was run before in this process
         torch.cuda.empty_cache()
     with place, torch.no_grad():
         model = LlamaForCausalLM._from_config(shape, attn_implementation="sdpa", dtype=torch.bfloat16).eval()

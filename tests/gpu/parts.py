@@ -2,27 +2,30 @@
 
     python -m tests.gpu.parts check --backend triton --seconds 100 --result FILE
 
-The result is JSON: lines to print, entries for the ledger, whether it failed.
+The result is JSON, written anew whenever there is more of it: lines to print, entries for the ledger, whether something
+failed, and whether it is whole.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import time
-from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 SANITIZER = "compute-sanitizer"
 """Among the programs on PATH or in a CUDA toolkit."""
+KERNEL_S, ENGINE_S = 60.0, 150.0
+"""For one kernel, with its compilation; for one batch size of an engine, with load and capture."""
+MOST_LINES = 40
+"""Of cases that do not hold."""
 
 
 @dataclass
@@ -35,6 +38,8 @@ class Result:
     errors: dict[str, float] = field(default_factory=dict)
     """Largest difference to float64 by op."""
     ceilings: dict[str, float] = field(default_factory=dict)
+    whole: bool = False
+    """Whether the part has come to its end."""
 
 
 @dataclass(frozen=True)
@@ -44,79 +49,131 @@ class Asked:
     only: str
     deadline: float
     one_each: bool
+    file: Path | None = None
+    """Where the result goes."""
+
+    def save(self, result: Result) -> None:
+        if self.file is not None and self.file != Path(os.devnull):
+            partial = self.file.with_suffix(".partial")
+            partial.write_text(json.dumps(asdict(result)))
+            partial.replace(self.file)
+
+
+def compiled(asked: Asked) -> Result:
+    """What Triton's launches compile, into its cache, with all processors at once."""
+    if asked.backend != "triton" or asked.device == "cpu":
+        return Result(["left out: nothing is compiled when it is launched"])
+    import torch
+
+    from tests.engines.triton import launched
+
+    major, minor = torch.cuda.get_device_capability(asked.device)
+    sm = major * 10 + minor
+    found = [variant for part in launched.PARTS.values() for variant in part(sm, asked.only)]
+    result = Result([f"0 of {len(found)} kernels compiled for sm {sm}"])
+    made = launched.compile_all(found, os.cpu_count() or 1, asked.deadline)
+    for done, (variant, problem) in enumerate(made, 1):
+        if problem:
+            result.failed = True
+            result.lines.append(f"  {variant.name} {variant.constants}: {problem}"[:1000])
+        # What is not compiled now is compiled when it is launched.
+        result.lines[0] = f"{done} of {len(found)} kernels compiled for sm {sm}"
+        asked.save(result)
+    return result
 
 
 def check(asked: Asked) -> Result:
     """Every case of every op against float64."""
     from tests.gpu import checking
 
-    findings = checking.check_all(asked.backend, asked.device, asked.only, asked.deadline, asked.one_each)
-    wrong = [finding for finding in findings if finding.problem]
-    expected = checking.count(asked.backend, asked.only, asked.one_each)
-    result = Result([f"{len(findings) - len(wrong)} of {expected} cases hold"])
-    result.lines += [f"  {finding.case} {finding.dtype}: {finding.problem}" for finding in wrong]
-    result.failed = bool(wrong) or len(findings) < expected
-    for finding in findings:
+    ops = checking.opset(asked.backend)
+    expected = len(checking.todo(asked.backend, ops, asked.only, asked.one_each))
+    result, held, seen = Result([f"0 of {expected} cases hold"]), 0, 0
+    for finding in checking.check_all(asked.backend, asked.device, asked.only, asked.deadline, asked.one_each):
+        seen, held = seen + 1, held + (not finding.problem)
+        result.lines[0] = f"{held} of {expected} cases hold" + (f", {seen - held} do not" if held < seen else "")
+        if finding.problem and len(result.lines) <= MOST_LINES:
+            result.lines.append(f"  {finding.case} {finding.dtype}: {finding.problem}")
         op = finding.case.split("-")[0]
         result.errors[op] = max(result.errors.get(op, 0.0), finding.error)
+        asked.save(result)
+    result.failed = held < expected
     return result
 
 
 def kernels(asked: Asked) -> Result:
     """Each kernel against the device's limits."""
-    from tests.gpu import timing
+    from tests.gpu import timing, workers
 
-    ops, place, limits, result = _ready(asked)
-    works = importlib.import_module(f"tests.engines.{asked.backend}.kernels")
-    libraries = works.by_libraries() if asked.backend == "triton" else []
-    chosen = [k for k in (*works.KERNELS, *libraries) if asked.only in k.name]
-    for number, kernel in enumerate(chosen):
-        if time.time() > asked.deadline:
+    limits, result = _ready(asked)
+    names = [kernel.name for kernel in timing.kernels_of(asked.backend) if asked.only in kernel.name]
+    for name, timed in workers.each(
+        timing.timer, (asked.backend, asked.device, limits), names, 1, KERNEL_S, asked.deadline
+    ):
+        names.remove(name)
+        if isinstance(timed, workers.Lost):
             result.failed = True
-            result.lines.append(f"  {len(chosen) - number} kernels left out: no time")
-            break
-        try:
-            _add(result, timing.time_kernel(kernel, ops, place, limits))
-        except Exception as error:
-            result.failed = True
-            result.lines.append(f"  {kernel.name}: {type(error).__name__}: {str(error)[:500]}")
+            result.lines.append(f"  {name}: {timed.why}")
+        else:
+            _add(result, timed)
+        asked.save(result)
+    if names:
+        result.failed = True
+        result.lines.append(f"  {len(names)} kernels left out, no time: {', '.join(names)}")
     return result
 
 
 def decode(asked: Asked) -> Result:
     """Steps of an engine with an 8B-shaped model, and what of them the host takes."""
-    from tests.gpu import engine
+    from tests.gpu import engine, workers
 
-    ops, place, limits, result = _ready(asked)
-    for found in engine.time_decoding(ops, place, limits, (1, 64, 256) if place.type == "cuda" else (2,)):
-        _add(result, found.step, engine.CORE)
-        share = found.host_s / found.step.time_s
-        name = found.step.name.replace("decode step", "host time of a decode step")
-        result.lines += [f"  {name:48} {found.host_s * 1e6:10.1f} us  {share:6.1%}  of the step", *found.notes]
-        result.entries[name] = _entry(found.host_s, share, 1.0, engine.CORE)
-        result.failed |= place.type == "cuda" and bool(found.notes)
+    limits, result = _ready(asked)
+    counts = [1, 64, 256] if asked.device != "cpu" else [2]
+    given = (asked.backend, asked.device, limits)
+    for count, found in workers.each(engine.decoder_timer, given, list(counts), 1, ENGINE_S, asked.deadline):
+        counts.remove(count)
+        if isinstance(found, workers.Lost):
+            result.failed = True
+            result.lines.append(f"  decode step of 8B, batch {count}: {found.why}")
+        else:
+            _add(result, found.step, engine.CORE)
+            share = found.host_s / found.step.time_s
+            name = found.step.name.replace("decode step", "host time of a decode step")
+            result.lines += [f"  {name:48} {found.host_s * 1e6:10.1f} us  {share:6.1%}  of the step", *found.notes]
+            result.entries[name] = _entry(found.host_s, share, 1.0, engine.CORE)
+            result.failed |= asked.device != "cpu" and bool(found.notes)
+        asked.save(result)
+    if counts:
+        result.failed = True
+        result.lines.append(f"  batches left out, no time: {', '.join(map(str, counts))}")
     return result
 
 
 def requests(asked: Asked) -> Result:
     """A thousand requests, here and with transformers."""
-    from tests.gpu import engine
+    from tests.gpu import engine, workers
 
-    ops, place, limits, result = _ready(asked)
-    found = engine.time_requests(ops, place, limits, asked.deadline)
-    share = found.least_s / found.own_s
-    name = f"{found.num_requests:,} requests of 8B"
-    result.lines.append(f"  {name:40} {found.own_s:10.2f} s   {share:6.1%}  of the roofline")
-    result.entries[name] = _entry(found.own_s, share, 0.55, engine.CORE)
-    if found.peer_s is None:
-        result.lines.append(f"  transformers' continuous batching did not run: {found.note}")
-        result.failed = place.type == "cuda"
-    else:
-        more = "" if found.peer_finished else " at least (stopped at its deadline)"
-        ratio = found.peer_s / found.own_s
-        result.lines.append(f"  transformers' continuous batching: {found.peer_s:.2f} s, {ratio:.2f} times ours{more}")
-        result.entries[name]["times_transformers"] = round(ratio, 3)
-        result.entries[name]["transformers_finished"] = found.peer_finished
+    limits, result = _ready(asked)
+    given = (asked.backend, asked.device, limits, asked.deadline - 5)
+    name, own = "", None
+    for which, found in workers.each(engine.requests_timer, given, ["own", "peer"], 1, 1e9, asked.deadline):
+        if isinstance(found, workers.Lost):
+            result.failed |= which == "own" or asked.device != "cpu"
+            result.lines.append(f"  requests, {which}: {found.why}")
+        elif which == "own":
+            own, share, name = found, found.least_s / found.time_s, f"{found.num_requests:,} requests of 8B"
+            result.lines.append(f"  {name:40} {found.time_s:10.2f} s   {share:6.1%}  of the roofline  (bar 55%)")
+            result.entries[name] = _entry(found.time_s, share, 0.55, engine.CORE)
+        else:
+            more = "" if found.finished else " at least (stopped at its deadline)"
+            result.lines.append(f"  transformers' continuous batching: {found.time_s:.2f} s{more}")
+            if own is not None:
+                ratio = found.time_s / own.time_s
+                result.lines[-1] += f", {ratio:.2f} times ours"
+                result.entries[name]["times_transformers"] = round(ratio, 3)
+                result.entries[name]["transformers_finished"] = found.finished
+        asked.save(result)
+    result.failed |= own is None
     return result
 
 
@@ -126,25 +183,15 @@ def sanitizer(asked: Asked) -> Result:
     if program is None:
         return Result([f"left out: {SANITIZER} is not installed"])
     left = asked.deadline - time.time()
-    command = [
-        program,
-        "--tool",
-        "memcheck",
-        "--error-exitcode",
-        "86",
-        sys.executable,
-        "-m",
-        "tests.gpu.parts",
-        "check",
-    ]
-    command += ["--backend", asked.backend, "--device", asked.device, "--seconds", f"{left:.0f}", "--one-each"]
-    command += ["--only", asked.only, "--result", os.devnull]
+    command = [program, "--tool", "memcheck", "--error-exitcode", "86", sys.executable, "-m", "tests.gpu.parts"]
+    command += ["check", "--backend", asked.backend, "--device", asked.device, "--seconds", f"{left * 0.8:.0f}"]
+    command += ["--one-each", "--only", asked.only, "--result", os.devnull]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     ending = [line for line in done.stdout.splitlines() if "ERROR SUMMARY" in line or "cases hold" in line]
     lines = [f"{SANITIZER}: {line.strip('= ')}" for line in ending] or [done.stderr[-500:]]
     if done.returncode:
-        lines += done.stdout.splitlines()[:20]
+        lines += done.stdout.splitlines()[:MOST_LINES]
     return Result(lines, failed=done.returncode != 0)
 
 
@@ -156,34 +203,36 @@ def devices(asked: Asked) -> Result:
 
 
 def _paths() -> list[str | None]:
-    return [None, *(str(folder / "bin") for folder in sorted(Path("/usr/local").glob("cuda*")))]
+    toolkits = sorted(Path("/usr/local").glob("cuda*"))
+    return [None, *(str(folder / place) for folder in toolkits for place in ("bin", SANITIZER))]
 
 
 PARTS = {
+    "compile": compiled,
     "check": check,
     "kernels": kernels,
-    "devices": devices,
     "decode": decode,
     "requests": requests,
     "sanitizer": sanitizer,
+    "devices": devices,
 }
 
 
-def _ready(asked: Asked) -> tuple[Any, Any, Any, Result]:
+def _ready(asked: Asked) -> tuple[Any, Result]:
+    """(the device's limits, a result that says them)."""
     import torch
 
     from tests.gpu import timing
 
-    place = torch.device(asked.device)
-    ops = importlib.import_module(f"engines.{asked.backend}.opset").OpSet()
-    limits = timing.ceilings(place)
-    result = Result(ceilings={"copy_tb_s": limits.bytes_s / 1e12, "bf16_tflop_s": limits.flops_s / 1e12})
-    return ops, place, limits, result
+    limits = timing.ceilings(torch.device(asked.device))
+    if asked.device != "cpu":
+        torch.cuda.empty_cache()  # another process computes
+    return limits, Result(ceilings={"copy_tb_s": limits.bytes_s / 1e12, "bf16_tflop_s": limits.flops_s / 1e12})
 
 
 def _add(result: Result, timed: Any, core: tuple[str, ...] = ()) -> None:
     line = f"  {timed.name:40} {timed.time_s * 1e6:10.1f} us  {timed.fraction:6.1%}  (bar {timed.bar:.0%})"
-    result.lines.append(line)
+    result.lines.append(line + ("  below" if timed.fraction < timed.bar else ""))
     result.entries[timed.name] = {**_entry(timed.time_s, timed.fraction, timed.bar, core), "own": timed.sources}
 
 
@@ -201,14 +250,10 @@ def main() -> int:
     parser.add_argument("--one-each", action="store_true", help="one case of each op, all in this process")
     parser.add_argument("--result", type=Path, required=True)
     given = parser.parse_args()
-    asked = Asked(given.backend, given.device, given.only, time.time() + given.seconds, given.one_each)
-    with ExitStack() as stack:
-        if given.device == "cpu":
-            from tests.engines.triton.interpreter import repaired
-
-            stack.enter_context(repaired())
-        result = PARTS[given.part](asked)
-    given.result.write_text(json.dumps(asdict(result)))
+    deadline = time.time() + given.seconds
+    asked = Asked(given.backend, given.device, given.only, deadline, given.one_each, given.result)
+    result = replace(PARTS[given.part](asked), whole=True)
+    asked.save(result)
     for line in result.lines:
         print(line)
     return int(result.failed)

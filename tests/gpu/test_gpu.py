@@ -63,11 +63,34 @@ def test_engines_are_timed() -> None:
     assert "6 requests of 8B" in done.stdout and "transformers' continuous batching: " in done.stdout
 
 
-def test_a_part_that_dies_or_hangs_costs_that_part(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_part_that_dies_or_hangs_costs_that_part() -> None:
     died = one("check", "no such backend", "cpu", "", 60.0)
     assert died["failed"] and died["lines"][0] == "ended with status 1"
     hung = one("check", "triton", "cpu", "", 0.05)
     assert hung["failed"] and hung["lines"] == ["ended after its 0 s"]
+
+
+def test_what_a_part_has_found_is_kept_when_it_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    child = tmp_path / "child"
+    program = tmp_path / "part"
+    program.write_text(
+        f"#!{sys.executable}\nimport pathlib, subprocess, sys, time\n"
+        "from tests.gpu.parts import Asked, Result\n"
+        "file = pathlib.Path(sys.argv[-1])\n"
+        "Asked('triton', 'cpu', '', 0.0, False, file).save(Result(['3 of 4 hold'], errors={'rope': 0.5}))\n"
+        f"pathlib.Path({str(child)!r}).write_text(str(subprocess.Popen(['sleep', '60']).pid))\ntime.sleep(60)\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    found = one("check", "triton", "cpu", "", 3.0)
+    assert found["failed"] and found["lines"] == ["3 of 4 hold", "ended after its 3 s"]
+    assert found["errors"] == {"rope": 0.5}
+    deadline = time.time() + 10
+    state = Path(f"/proc/{child.read_text()}/stat")
+    while state.exists() and state.read_text().split()[2] != "Z":
+        assert time.time() < deadline, "what the part had started goes on"
+        time.sleep(0.05)
 
 
 def test_the_sanitizer_is_run_on_one_case_of_each_op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,25 +68,13 @@ class Prompts:
     def __init__(self, ops: OpSet) -> None:
         self._paged = _common.function("flash_attn_interface", "flash_attn_with_kvcache", PAGED)
         self._plain = _common.function("flash_attn_interface", "flash_attn_varlen_func", PLAIN)
-        self._own_paged, self._own_latent = ops.paged_attention, ops.latent_attention
+        self._own_latent = ops.latent_attention
+        self.paged_attention = _common.paged_attention(ops, __name__, self._paged_prompts)
         self._seen: tuple[Batch, Tensor] | None = None
 
-    def paged_attention(
-        self,
-        q: Tensor,
-        cache: KVCache,
-        batch: Batch,
-        softmax_scale: float,
-        window_size: int = 0,
-        softcap: float = 0.0,
-        sinks: Tensor | None = None,
+    def _paged_prompts(
+        self, q: Tensor, cache: KVCache, batch: Batch, softmax_scale: float, window_size: int, softcap: float
     ) -> Tensor:
-        """As the reference, without sinks."""
-        from engines.triton.attention import Scores, write_decoding
-
-        assert sinks is None
-        if batch.max_seqlen_q == 1 or not q.shape[0]:
-            return self._own_paged(q, cache, batch, softmax_scale, window_size, softcap)
         out: Tensor = self._paged(
             q,
             cache.k.transpose(1, 2),
@@ -95,7 +83,6 @@ class Prompts:
             softcap=softcap,
             **self._step(batch, softmax_scale),
         )
-        write_decoding(out, q, cache, batch, Scores(softmax_scale, window_size, softcap))
         return out
 
     def latent_attention(self, q: Tensor, cache: LatentCache, batch: Batch, softmax_scale: float) -> Tensor:

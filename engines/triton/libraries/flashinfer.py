@@ -69,32 +69,19 @@ class Prompts:
     """Steps without prompts are the op set's own, and so are decoding sequences in a step with some."""
 
     def __init__(self, ops: OpSet) -> None:
+        self.paged_attention = _common.paged_attention(ops, __name__, self._paged_prompts)
         self._wrapper = _common.function("flashinfer", f"{RUN}.plan", PLAN)
-        self._own = ops.paged_attention
         self._wrappers: dict[tuple[object, ...], Any] = {}
         self._planned: set[tuple[object, ...]] = set()
         """Keys of the wrappers that know the step."""
         self._seen: tuple[Batch, tuple[Tensor, ...]] | None = None
         self._workspace: Tensor | None = None
 
-    def paged_attention(
-        self,
-        q: Tensor,
-        cache: KVCache,
-        batch: Batch,
-        softmax_scale: float,
-        window_size: int = 0,
-        softcap: float = 0.0,
-        sinks: Tensor | None = None,
+    def _paged_prompts(
+        self, q: Tensor, cache: KVCache, batch: Batch, softmax_scale: float, window_size: int, softcap: float
     ) -> Tensor:
-        """As the reference, without sinks."""
-        from engines.triton.attention import Scores, write_decoding
-
-        assert sinks is None
-        if batch.max_seqlen_q == 1 or not q.shape[0]:
-            return self._own(q, cache, batch, softmax_scale, window_size, softcap)
-        out: Tensor = self._plan(q, cache, batch, softmax_scale, window_size, softcap).run(q, (cache.k, cache.v))
-        write_decoding(out, q, cache, batch, Scores(softmax_scale, window_size, softcap))
+        planned = self._plan(q, cache, batch, softmax_scale, window_size, softcap)
+        out: Tensor = planned.run(q, (cache.k, cache.v))
         return out
 
     def _plan(self, q: Tensor, cache: KVCache, batch: Batch, scale: float, window: int, softcap: float) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from engines.core.device import ALIGNMENT, Device, unpack
+from engines.core.device import ALIGNMENT, Device, let_go, out_of_memory, unpack
 from engines.platform import platforms
 
 
@@ -103,3 +104,36 @@ def test_arrays_come_back_as_they_were() -> None:
         assert found.numpy().dtype == array.dtype and np.array_equal(found.numpy(), array)
     strided = np.arange(12).reshape(3, 4)[:, ::2]
     assert torch.equal(unpack(Device(torch.device("cpu")).pack([strided]), [strided])[0], torch.tensor(strided.copy()))
+
+
+@pytest.mark.parametrize(
+    ("error", "less_would_do"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("Triton Error [CUDA]: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("out of resource: shared memory, Required: 294912, Hardware limit: 232448"), False),
+        (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
+    ],
+)
+def test_what_less_would_have_helped(error: Exception, less_would_do: bool) -> None:
+    assert out_of_memory(error) is less_would_do
+
+
+def test_an_error_that_is_kept_holds_no_tensors() -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+
+    def step() -> None:
+        hidden = torch.ones(3)
+        held.append(weakref.ref(hidden))
+        try:
+            raise RuntimeError("in the step")
+        except RuntimeError:
+            raise ValueError("on the way out") from None
+
+    with pytest.raises(ValueError) as raised:
+        step()
+    kept = raised.value
+    assert held[0]() is not None
+    assert let_go(kept) is kept and kept.__traceback__ is not None
+    assert held[0]() is None

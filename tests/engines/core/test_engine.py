@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+import weakref
 from collections.abc import Callable
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from engines.api import Outcome, Request, SamplingParams
 from engines.core.engine import LLMEngine
@@ -210,8 +212,13 @@ def test_logits_that_are_no_numbers(make_engine: Make) -> None:
 
 
 def test_memory_that_runs_out_shrinks_the_step(make_engine: Make) -> None:
+    held: list[weakref.ref[Tensor]] = []
+
     class Small(TinyModel):
         def forward(self, batch, caches):  # type: ignore[no-untyped-def]
+            assert not any(reference() is not None for reference in held), "the step before is still in memory"
+            hidden = torch.zeros(batch.num_tokens)
+            held.append(weakref.ref(hidden))
             if batch.num_tokens > 6:
                 raise MemoryError("test")
             return super().forward(batch, caches)
