@@ -101,6 +101,9 @@ def memory_of(
     per_token *= layout.tp if on_cpu else 1
     kv = config.kv_cache_bytes or int(config.kv_fraction(on_cpu) * max(free - weights - activations, 0))
     copies = layout.dp if on_cpu else 1
+    if length:  # as engines.load.num_blocks: no more than can be in use
+        most = copies * config.max_num_seqs * -(-length // config.block_size) * config.block_size
+        kv = min(kv, most * per_token)
     return Memory(device, dtype, total, free, weights, activations, per_token, kv if per_token else 0, length, copies)
 
 

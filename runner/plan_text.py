@@ -79,7 +79,9 @@ def _memory(memory: Memory, typical: float) -> str:
     parts = [f"weights {gb(memory.weight_bytes)}"]
     if memory.activation_bytes:
         parts.append(f"activations up to {gb(memory.activation_bytes)}")
-    if memory.kv_bytes_per_token:
+    if memory.kv_bytes_per_token and not memory.total_bytes:
+        parts.append(f"KV cache {memory.kv_bytes_per_token:,} bytes a token")
+    elif memory.kv_bytes_per_token:
         length = typical or TYPICAL_TOKENS
         what = "mean length here" if typical else "say"
         parts.append(

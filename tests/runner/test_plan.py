@@ -141,14 +141,14 @@ def test_fallback_takes_the_next_engine_and_names_what_is_lost(monkeypatch: pyte
     assert plan.settings.backend == "cpu"
     assert "instead of cuda, which cannot run it" in plan.text()
     offer_everything(monkeypatch, "triton")
-    config = CpuConfig(num_threads=0, prefix_caching=False)
+    config = CpuConfig(num_threads=2, prefix_caching=False)
     wide = planning(
         H200, backend="cpu", on_unsupported="fallback", backend_config=config, parallelism=ParallelismConfig(2)
     )
     offer_nothing(monkeypatch, "cpu", "cuda")
     plan = resolve(wide, checkpoint(), replace(H200, num_devices=2), "generate")
     assert plan.settings.backend == "triton" and plan.settings.config.prefix_caching is False
-    assert "backend_config.num_threads=0: not carried over, triton has no such setting" in plan.notes
+    assert "backend_config.num_threads=2: not carried over, triton has no such setting" in plan.notes
 
 
 def test_when_nothing_can_run_it_every_engine_says_why() -> None:
@@ -406,7 +406,17 @@ def test_memory_of_llama_3_8b(monkeypatch: pytest.MonkeyPatch) -> None:
     assert on_gpu.kv_tokens == free // 2 // 131_072
     assert on_gpu.num_seqs(1000) == on_gpu.kv_tokens // 1000
     assert plan.memory[0].fits is None, "the processor of a described GPU machine is not described"
+    assert "KV cache 131,072 bytes a token; not known to fit" in plan.text()
     assert "not described, so whether the model fits is not known" in "\n".join(plan.notes)
+
+
+def test_the_cache_is_no_larger_than_can_be_in_use() -> None:
+    config = EngineConfig(max_num_seqs=4, max_model_len=100, block_size=32)
+    for dp in (1, 2):
+        memory = resolve(
+            job(backend_config=config, parallelism=ParallelismConfig(dp=dp)), checkpoint(), CPU, "generate"
+        ).memory[0]
+        assert (memory.kv_tokens, memory.num_seqs(128)) == (dp * 4 * 128, dp * 4)
 
 
 def test_weights_count_in_the_compute_dtype_and_tied_heads_once() -> None:
