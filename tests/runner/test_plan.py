@@ -406,7 +406,7 @@ def test_memory_of_llama_3_8b(monkeypatch: pytest.MonkeyPatch) -> None:
     assert on_gpu.kv_tokens == free // 2 // 131_072
     assert on_gpu.num_seqs(1000) == on_gpu.kv_tokens // 1000
     assert plan.memory[0].fits is None, "the processor of a described GPU machine is not described"
-    assert "KV cache 131,072 bytes a token; not known to fit" in plan.text()
+    assert "KV cache 262,144 bytes a token; not known to fit" in plan.text()
     assert "not described, so whether the model fits is not known" in "\n".join(plan.notes)
 
 
