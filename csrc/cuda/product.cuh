@@ -15,7 +15,7 @@ template <class Format, int TOKENS> struct ProductShape {
   static constexpr int kInputBytes = TOKENS * kChunkBytes;
   static constexpr int kStageBytes = kCodeBytes + kInputBytes + Format::kScaleBytes;
   // At most 96 KiB, so that devices with the least shared memory (sm_86) can run it.
-  static constexpr int kStages = Format::kPieces <= 2 ? (TOKENS <= 32 ? 6 : 4) : (TOKENS <= 16 ? 5 : 3);
+  static constexpr int kStages = Format::kPieces > 2 ? (TOKENS <= 16 ? 5 : 3) : TOKENS <= 32 || Format::kPieces == 1 ? 6 : 5;
   static constexpr int kOutStride = kProductRows + 4;
   static constexpr int kPipelineBytes =
       kStages * kStageBytes > TOKENS * kOutStride * 4 ? kStages * kStageBytes : TOKENS * kOutStride * 4;
@@ -28,30 +28,54 @@ __device__ __forceinline__ int input_offset(int token, int piece) {
   return token * kChunkBytes + ((piece ^ (token & 7)) << 4);
 }
 
-// rows: of x, -1 for none; in shared memory.
-template <class Format, int TOKENS>
-__device__ __forceinline__ void copy_stage(unsigned char* stage, const ProductParams& p, const int* rows, int expert,
-                                           int row_tile, int chunk) {
+// What a thread copies: the same pieces of every chunk, so that a chunk costs it additions and no more.
+template <class Format, int TOKENS> struct ChunkCopies {
   using Shape = ProductShape<Format, TOKENS>;
-  constexpr int kOfTile = Format::kPieces * 32, kValueBytes = Format::kValueBytes;
-  const int thread = threadIdx.x;
-  const int64_t tile = (static_cast<int64_t>(expert) * p.padded_out + row_tile * kProductRows) / 16;
+  static constexpr int kOfTile = Format::kPieces * 32;  // pieces of 16 bytes
+  static constexpr int kCodes = Shape::kCodeBytes / 16 / Shape::kThreads, kInputs = TOKENS * 8 / Shape::kThreads;
+  static_assert(Shape::kThreads % kOfTile == 0 && kCodes * Shape::kThreads * 16 == Shape::kCodeBytes);
+  static_assert(kInputs * Shape::kThreads == TOKENS * 8 && Shape::kThreads / 8 % 8 == 0);
+
+  // rows: of x, -1 for none; in shared memory. chunk: the first.
+  __device__ __forceinline__ ChunkCopies(const ProductParams& p, const int* rows, int expert, int row_tile, int chunk) {
+    const int thread = threadIdx.x, token = thread / 8;
+    const int64_t tile = (static_cast<int64_t>(expert) * p.padded_out + row_tile * kProductRows) / 16 + thread / kOfTile;
+    codes = p.codes + (tile * p.num_chunks + chunk) * kOfTile + thread % kOfTile;
+    code_step = static_cast<int64_t>(Shape::kThreads / kOfTile) * p.num_chunks * kOfTile;
+    input_to = input_offset(token, thread % 8);
+    column = chunk * kChunkBytes + thread % 8 * 16;
+    row_bytes = p.in_features * Format::kValueBytes;
 #pragma unroll
-  for (int piece = thread; piece < Shape::kCodeBytes / 16; piece += Shape::kThreads) {
-    const int64_t from = ((tile + piece / kOfTile) * p.num_chunks + chunk) * kOfTile + piece % kOfTile;
-    copy_async(stage + piece * 16, p.codes + from, true);
+    for (int i = 0; i < kInputs; ++i) {
+      const int row = rows[token + i * (Shape::kThreads / 8)];
+      has_row[i] = row >= 0;
+      inputs[i] = static_cast<const unsigned char*>(p.x) + (has_row[i] ? row * p.x_stride * Format::kValueBytes : 0);
+    }
+    if constexpr (Format::kScaled) scales = Format::scale_copies(p, expert, row_tile * kProductRows, chunk);
   }
-  unsigned char* inputs = stage + Shape::kCodeBytes;
+
+  // Starts the copies of the next chunk.
+  __device__ __forceinline__ void next(unsigned char* stage) {
+    const uint4* from = codes;
 #pragma unroll
-  for (int piece = thread; piece < TOKENS * 8; piece += Shape::kThreads) {
-    const int token = piece / 8, row = rows[token];
-    const int64_t column = (static_cast<int64_t>(chunk) * kChunkBytes + piece % 8 * 16) / kValueBytes;
-    const bool valid = row >= 0 && column < p.in_features;
-    const int64_t from = valid ? (row * p.x_stride + column) * kValueBytes : 0;
-    copy_async(inputs + input_offset(token, piece % 8), static_cast<const unsigned char*>(p.x) + from, valid);
+    for (int i = 0; i < kCodes; ++i, from += code_step)
+      copy_async(stage + (threadIdx.x + i * Shape::kThreads) * 16, from, true);
+    codes += kOfTile;
+#pragma unroll
+    for (int i = 0; i < kInputs; ++i)
+      copy_async(stage + Shape::kCodeBytes + input_to + i * (Shape::kThreads / 8) * kChunkBytes, inputs[i] + column,
+                 has_row[i] && column < row_bytes);
+    column += kChunkBytes;
+    if constexpr (Format::kScaled) scales.next(stage + Shape::kCodeBytes + Shape::kInputBytes);
   }
-  Format::copy_scales(inputs + Shape::kInputBytes, p, expert, row_tile * kProductRows, chunk);
-}
+
+  const uint4* codes;
+  int64_t code_step;
+  const unsigned char* inputs[kInputs];
+  bool has_row[kInputs];
+  int input_to, column, row_bytes;  // bytes
+  ScaleCopies scales;
+};
 
 // Grid: (token tiles, row tiles, splits). Threads: for each 64 tokens 4 warps with 32 output features each. Shared memory:
 // ProductShape. Moves the weights once for each tile of tokens, and the inputs once for each row tile, out of the
@@ -78,37 +102,45 @@ __global__ void __launch_bounds__(ProductShape<Format, TOKENS>::kThreads) produc
   __syncthreads();
 
   Sum sums[kTiles][kColumns][4] = {};
+  ChunkCopies<Format, TOKENS> copies(p, rows, expert, row_tile, begin);
+  int filled = 0;  // stage that is filled next
   const auto start_copy = [&](int chunk) {
-    if (chunk < end)
-      copy_stage<Format, TOKENS>(memory + chunk % Shape::kStages * Shape::kStageBytes, p, rows, expert, row_tile, chunk);
+    if (chunk < end) copies.next(memory + filled * Shape::kStageBytes);
     copy_commit();
+    filled = filled + 1 == Shape::kStages ? 0 : filled + 1;
   };
 #pragma unroll
   for (int i = 0; i < Shape::kStages - 1; ++i) start_copy(begin + i);
   Sum part[Format::kScaled ? kTiles : 1][kColumns][4] = {};
-  for (int chunk = begin; chunk < end; ++chunk) {
+  const int chunks_of_group = p.group_size > 64 ? p.group_size / 64 : 1;
+  int left = chunks_of_group - begin % chunks_of_group;  // chunks of the group
+  for (int chunk = begin, current = 0; chunk < end; ++chunk) {
     copy_wait<Shape::kStages - 2>();
     __syncthreads();  // all threads' copies have landed, and all have read the stage that is filled next
     start_copy(chunk + Shape::kStages - 1);
-    const unsigned char* stage = memory + chunk % Shape::kStages * Shape::kStageBytes;
+    const unsigned char* stage = memory + current * Shape::kStageBytes;
+    current = current + 1 == Shape::kStages ? 0 : current + 1;
     const unsigned char* inputs = stage + Shape::kCodeBytes;
-    const unsigned char* scales = inputs + Shape::kInputBytes;
+    const unsigned char* scales = inputs + Shape::kInputBytes + (first_tile * 16 + lane / 4) * Format::kRowBytes;
     const typename Format::Codes codes[kTiles] = {{stage, first_tile, lane}, {stage, first_tile + 1, lane}};
+    typename Format::Row row[kTiles];
+    const bool last = --left == 0 || chunk + 1 == end;  // of a group, or of this block's columns
+    if (left == 0) left = chunks_of_group;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const unsigned char* group = scales;
-      if constexpr (Format::kScaled) group = Format::group(scales, p, half, first_tile * 16 + lane / 4);
+      if (half == 0 || Format::two_groups(p))
+#pragma unroll
+        for (int i = 0; i < kTiles; ++i) row[i].load(scales + half * Format::kHalfBytes, i * 16);
       uint32_t inputs_of[kColumns][4];
 #pragma unroll
       for (int n = 0; n < kColumns; ++n)
         load_matrices(inputs_of[n], inputs + input_offset((first_column + n) * 8 + lane % 8, half * 4 + lane / 8));
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
-        const typename Format::Row row(group, i * 16);
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
           uint32_t weights[4];
-          codes[i].fragment(weights, half * 2 + step, row);
+          codes[i].fragment(weights, half * 2 + step, row[i]);
 #pragma unroll
           for (int n = 0; n < kColumns; ++n) {
             Sum(&to)[4] = Format::kScaled ? part[Format::kScaled ? i : 0][n] : sums[i][n];
@@ -117,19 +149,19 @@ __global__ void __launch_bounds__(ProductShape<Format, TOKENS>::kThreads) produc
         }
       }
       if constexpr (Format::kScaled) {
-        // At the end of a group, and of this block's columns.
-        if (!Format::ends(p, chunk * 64 + (half + 1) * 32) && !(half == 1 && chunk + 1 == end)) continue;
+        if (half == 0 ? !Format::two_groups(p) : !last) continue;
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i)
+        for (int i = 0; i < kTiles; ++i) {
+          float scale[2];
+          row[i].scales(scale, p);
 #pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const float scale = Format::scale(group, i * 16 + j / 2 * 8, p);
+          for (int n = 0; n < kColumns; ++n)
 #pragma unroll
-            for (int n = 0; n < kColumns; ++n) {
-              sums[i][n][j] += scale * part[i][n][j];
+            for (int j = 0; j < 4; ++j) {
+              sums[i][n][j] += scale[j / 2] * part[i][n][j];
               part[i][n][j] = 0.0f;
             }
-          }
+        }
       }
     }
   }

@@ -1,9 +1,10 @@
 // Weights as product_kernel takes them: what lies in a stage of its pipeline, and how a lane makes of it the left factor of
 // multiply_add. T: of results, and of inputs but for Int8.
 //
-//   Row      what a lane keeps of a group of columns of rows r and r + 8
-//   Codes    of 16 rows and a chunk; fragment() is the left factor of a quarter of the chunk
-//   scale()  by which sums of a group are multiplied, where kScaled
+//   Codes         of 16 rows and a chunk; fragment() is the left factor of a quarter of the chunk
+//   Row           what a lane keeps of a group of columns of rows r and r + 8, loaded from where row r's scales lie in a
+//                 stage, kRowBytes a row; scales(): by which sums of the group are multiplied, where kScaled
+//   two_groups()  whether the halves of a chunk are of different groups; the second's scales lie kHalfBytes further on
 #pragma once
 
 #include "product.h"
@@ -12,14 +13,41 @@
 namespace cuda_ops {
 
 struct NoRow {
-  __device__ __forceinline__ NoRow(const unsigned char*, int) {}
+  __device__ __forceinline__ void load(const unsigned char*, int) {}
 };
+
+// Copies of scales to the stages, 16 bytes of a group by a thread.
+struct ScaleCopies {
+  __device__ __forceinline__ void next(unsigned char* scales) {
+    if (!copies) return;
+    copy_async(scales + to, from, true);
+    if (--left) return;
+    from += step;
+    left = chunks;
+  }
+  const unsigned char* from;
+  int64_t step;          // bytes to the next group
+  int to, chunks, left;  // in a stage; of a group, and until the next
+  bool copies;
+};
+
+// Of scales of BYTES each, of which a stage has those of HALVES groups.
+template <int BYTES>
+__device__ __forceinline__ ScaleCopies copies_of_scales(const ProductParams& p, int expert, int row, int chunk, int halves) {
+  constexpr int kThreads = kProductRows * BYTES / 16;  // that copy a group
+  const int thread = threadIdx.x, half = thread / kThreads, at = thread % kThreads * 16;
+  const int chunks = p.group_size > 64 ? p.group_size / 64 : 1;
+  const int64_t group = static_cast<int64_t>(expert) * p.scale_rows + (halves == 2 ? 2 * chunk + half : chunk / chunks);
+  const int64_t row_bytes = static_cast<int64_t>(p.padded_out) * BYTES;
+  return {static_cast<const unsigned char*>(p.scales) + group * row_bytes + row * BYTES + at, halves * row_bytes,
+          half * kProductRows * BYTES + at, chunks, chunks - chunk % chunks, thread < halves * kThreads};
+}
 
 struct PlainCodes {
   const uint4* at;
   __device__ __forceinline__ PlainCodes(const unsigned char* codes, int tile, int lane)
       : at(reinterpret_cast<const uint4*>(codes) + tile * 128 + lane) {}
-  __device__ __forceinline__ void fragment(uint32_t (&to)[4], int step, NoRow) const {
+  __device__ __forceinline__ void fragment(uint32_t (&to)[4], int step, const NoRow&) const {
     const uint4 v = at[step * 32];
     to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
   }
@@ -27,10 +55,10 @@ struct PlainCodes {
 
 struct Unscaled {
   static constexpr bool kScaled = false;
-  static constexpr int kPieces = 4, kScaleBytes = 0;
+  static constexpr int kPieces = 4, kScaleBytes = 0, kRowBytes = 0, kHalfBytes = 0;
   using Codes = PlainCodes;
   using Row = NoRow;
-  __device__ __forceinline__ static void copy_scales(unsigned char*, const ProductParams&, int, int, int) {}
+  __device__ __forceinline__ static bool two_groups(const ProductParams&) { return false; }
 };
 
 // Inputs of 16 bits.
@@ -42,13 +70,11 @@ template <class T> struct HalfInputs {
   }
 };
 
-// Those, with a scale for each group of p.group_size columns, which multiplies a group's sum in float32.
-template <class T> struct Grouped : HalfInputs<T> {
+// Those, with a scale of BYTES for each group of p.group_size columns, which multiplies a group's sum in float32. A stage
+// has room for those of HALVES groups.
+template <class T, int BYTES, int HALVES> struct Grouped : HalfInputs<T> {
   static constexpr bool kScaled = true;
-  // Whether a group ends with these columns.
-  __device__ __forceinline__ static bool ends(const ProductParams& p, int through) {
-    return through % p.group_size == 0;
-  }
+  static constexpr int kRowBytes = BYTES, kHalfBytes = kProductRows * BYTES, kScaleBytes = HALVES * kHalfBytes;
 };
 
 // 16-bit values.
@@ -82,29 +108,28 @@ template <> struct Magic<fp16> { static constexpr uint32_t kPair = 0x64006400; }
 
 // 4-bit integers with a scale and a zero for each group of columns (AWQ, GPTQ): code - zero is exact in T, and the scale
 // multiplies a group's sum in float32, so that no weight is rounded.
-template <class T_> struct W4 : Grouped<T_> {
+template <class T_> struct W4 : Grouped<T_, 4, 2> {
   using T = T_;
-  static constexpr int kPieces = 1, kScaleBytes = 2 * kProductRows * 4;
+  static constexpr int kPieces = 1;
 
-  __device__ __forceinline__ static void copy_scales(unsigned char* to, const ProductParams& p, int expert, int row,
-                                                     int chunk) {
-    const int thread = threadIdx.x, halves = p.group_size == 32 ? 2 : 1;
-    if (thread >= halves * (kProductRows / 4)) return;
-    const int half = thread / (kProductRows / 4), four = thread % (kProductRows / 4) * 4;
-    const int64_t group = static_cast<int64_t>(expert) * p.scale_rows + (chunk * 64 + half * 32) / p.group_size;
-    const uint32_t* from = static_cast<const uint32_t*>(p.scales) + group * p.padded_out + row + four;
-    copy_async(to + (half * kProductRows + four) * 4, from, true);
-  }
-  __device__ __forceinline__ static const unsigned char* group(const unsigned char* scales, const ProductParams& p,
-                                                               int half, int row) {
-    return scales + ((p.group_size == 32 ? half * kProductRows : 0) + row) * 4;
+  __device__ __forceinline__ static bool two_groups(const ProductParams& p) { return p.group_size == 32; }
+  __device__ __forceinline__ static ScaleCopies scale_copies(const ProductParams& p, int expert, int row, int chunk) {
+    return copies_of_scales<4>(p, expert, row, chunk, two_groups(p) ? 2 : 1);
   }
   struct Row {
-    uint32_t zeros[2];
-    __device__ __forceinline__ Row(const unsigned char* group, int row) {
-      const uint32_t* own = reinterpret_cast<const uint32_t*>(group) + row;
-      zeros[0] = Magic<T>::kPair | (own[0] & 0xFF) * 0x00010001u;
-      zeros[1] = Magic<T>::kPair | (own[8] & 0xFF) * 0x00010001u;
+    uint32_t words[2], zeros[2];
+    __device__ __forceinline__ void load(const unsigned char* group, int row) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        words[i] = reinterpret_cast<const uint32_t*>(group)[row + 8 * i];
+        zeros[i] = Magic<T>::kPair | select_bytes(words[i], 0, 0x4040);  // of both halves the lowest byte
+      }
+    }
+    __device__ __forceinline__ void scales(float (&to)[2], const ProductParams& p) const {
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        to[i] = p.scales_are_bf16 ? bits_float(words[i] & 0xFFFF0000u)
+                                  : half_bits_to_float(static_cast<uint16_t>(words[i] >> 16));
     }
   };
   struct Codes : FourBitCodes {
@@ -112,72 +137,63 @@ template <class T_> struct W4 : Grouped<T_> {
     __device__ __forceinline__ void fragment(uint32_t (&to)[4], int step, const Row& row) const {
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        to[j] = subtract_pairs<T>((this->word(step) >> (4 * j) & 0x000F000Fu) | Magic<T>::kPair, row.zeros[j % 2]);
+        to[j] = subtract_pairs<T>(and_or(this->word(step) >> (4 * j), 0x000F000Fu, Magic<T>::kPair), row.zeros[j % 2]);
     }
   };
-  __device__ __forceinline__ static float scale(const unsigned char* group, int row, const ProductParams& p) {
-    const uint32_t own = reinterpret_cast<const uint32_t*>(group)[row];
-    return p.scales_are_bf16 ? bits_float(own & 0xFFFF0000u) : half_bits_to_float(static_cast<uint16_t>(own >> 16));
-  }
 };
 
 // 4-bit floats in groups of 32 columns that share a power of two, which multiplies a group's sum in float32.
-template <class T_> struct Mxfp4 : Grouped<T_> {
+template <class T_> struct Mxfp4 : Grouped<T_, 1, 2> {
   using T = T_;
-  static constexpr int kPieces = 1, kScaleBytes = 2 * kProductRows;
-  using Row = NoRow;
+  static constexpr int kPieces = 1;
 
-  __device__ __forceinline__ static void copy_scales(unsigned char* to, const ProductParams& p, int expert, int row,
-                                                     int chunk) {
-    const int thread = threadIdx.x;
-    if (thread >= 2 * (kProductRows / 16)) return;
-    const int half = thread / (kProductRows / 16), sixteen = thread % (kProductRows / 16) * 16;
-    const int64_t group = static_cast<int64_t>(expert) * p.scale_rows + chunk * 2 + half;
-    const unsigned char* from = static_cast<const unsigned char*>(p.scales) + group * p.padded_out + row + sixteen;
-    copy_async(to + half * kProductRows + sixteen, from, true);
+  __device__ __forceinline__ static bool two_groups(const ProductParams&) { return true; }
+  __device__ __forceinline__ static ScaleCopies scale_copies(const ProductParams& p, int expert, int row, int chunk) {
+    return copies_of_scales<1>(p, expert, row, chunk, 2);
   }
-  __device__ __forceinline__ static const unsigned char* group(const unsigned char* scales, const ProductParams&,
-                                                               int half, int row) {
-    return scales + half * kProductRows + row;
-  }
+  struct Row {
+    uint32_t exponents[2];
+    __device__ __forceinline__ void load(const unsigned char* group, int row) {
+      exponents[0] = group[row], exponents[1] = group[row + 8];
+    }
+    __device__ __forceinline__ void scales(float (&to)[2], const ProductParams&) const {
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        to[i] = bits_float(exponents[i] ? exponents[i] << 23 : 1u << 22);  // 2^-127 is subnormal
+    }
+  };
   struct Codes : FourBitCodes {
     using FourBitCodes::FourBitCodes;
-    __device__ __forceinline__ void fragment(uint32_t (&to)[4], int step, NoRow) const {
+    __device__ __forceinline__ void fragment(uint32_t (&to)[4], int step, const Row&) const {
 #pragma unroll
       for (int j = 0; j < 4; ++j) to[j] = small_floats<T, E2M1>(this->word(step) >> (4 * j));
     }
   };
-  __device__ __forceinline__ static bool ends(const ProductParams&, int) { return true; }
-  __device__ __forceinline__ static float scale(const unsigned char* group, int row, const ProductParams&) {
-    const uint32_t exponent = group[row];
-    return bits_float(exponent ? exponent << 23 : 1u << 22);  // 2^-127 is subnormal
-  }
 };
 
 // 8-bit floats for 16-bit inputs, with a scale for each group of columns, which multiplies a group's sum in float32.
-template <class T_> struct Fp8 : Grouped<T_> {
+template <class T_> struct Fp8 : Grouped<T_, 4, 1> {
   using T = T_;
-  static constexpr int kPieces = 2, kScaleBytes = kProductRows * 4;
-  using Row = NoRow;
+  static constexpr int kPieces = 2;
 
-  __device__ __forceinline__ static void copy_scales(unsigned char* to, const ProductParams& p, int expert, int row,
-                                                     int chunk) {
-    const int four = threadIdx.x * 4;
-    if (four >= kProductRows) return;
-    const int64_t group = static_cast<int64_t>(expert) * p.scale_rows + chunk * 64 / p.group_size;
-    copy_async(to + four * 4, static_cast<const float*>(p.scales) + group * p.padded_out + row + four, true);
+  __device__ __forceinline__ static bool two_groups(const ProductParams&) { return false; }
+  __device__ __forceinline__ static ScaleCopies scale_copies(const ProductParams& p, int expert, int row, int chunk) {
+    return copies_of_scales<4>(p, expert, row, chunk, 1);
   }
-  __device__ __forceinline__ static const unsigned char* group(const unsigned char* scales, const ProductParams&, int,
-                                                               int row) {
-    return scales + row * 4;
-  }
+  struct Row {
+    float own[2];
+    __device__ __forceinline__ void load(const unsigned char* group, int row) {
+      own[0] = reinterpret_cast<const float*>(group)[row], own[1] = reinterpret_cast<const float*>(group)[row + 8];
+    }
+    __device__ __forceinline__ void scales(float (&to)[2], const ProductParams&) const { to[0] = own[0], to[1] = own[1]; }
+  };
   struct Codes {
     uint4 words[2];
     __device__ __forceinline__ Codes(const unsigned char* codes, int tile, int lane) {
       const uint4* own = reinterpret_cast<const uint4*>(codes) + tile * 64 + lane;
       words[0] = own[0], words[1] = own[32];
     }
-    __device__ __forceinline__ void fragment(uint32_t (&to)[4], int step, NoRow) const {
+    __device__ __forceinline__ void fragment(uint32_t (&to)[4], int step, const Row&) const {
       const uint4 four = words[step / 2];
 #pragma unroll
       for (int j = 0; j < 4; ++j) {
@@ -186,9 +202,6 @@ template <class T_> struct Fp8 : Grouped<T_> {
       }
     }
   };
-  __device__ __forceinline__ static float scale(const unsigned char* group, int row, const ProductParams&) {
-    return reinterpret_cast<const float*>(group)[row];
-  }
 };
 
 }  // namespace cuda_ops

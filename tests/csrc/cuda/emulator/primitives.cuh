@@ -69,6 +69,7 @@ inline uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t which) {
   for (int i = 0; i < 4; ++i) result |= static_cast<uint32_t>(both >> 8 * (which >> 4 * i & 7) & 0xFF) << 8 * i;
   return result;
 }
+inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
 inline float multiply(float a, float b) { volatile float c = a * b; return c; }
 inline float add(float a, float b) { volatile float c = a + b; return c; }
 
