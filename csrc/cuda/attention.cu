@@ -99,7 +99,8 @@ Tensor attend(const Tensor& q, AttentionParams p, const Tensor& k_cache, const A
                   "arrived: expected at least ", cells, " int32");
   p.arrived = mutable_data<int32_t>(asked.arrived);
   Tensor partial = torch::stable::new_empty(
-      q, {p.max_splits > 1 ? cells * p.max_splits * kDecodeRows * (head_dim + 2) : 0}, ScalarType::Float);
+      q, {p.max_splits > 1 ? cells * p.max_splits * std::min(p.group, kDecodeRows) * (head_dim + 2) : 0},
+      ScalarType::Float);
   p.partial = mutable_data<float>(partial);
   const int64_t columns = num_kv_heads * p.row_tiles, wanted = ceil_div(16 * multiprocessors(place.device), columns);
   const int grid_x = static_cast<int>(std::min(num_seqs * p.max_splits, std::max<int64_t>(wanted, 1)));

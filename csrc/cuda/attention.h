@@ -27,7 +27,7 @@ struct AttentionParams {
   const int32_t* block_tables;  // [num_seqs, table_stride]
   const float* sinks;           // [num_heads] or null
   void* out;                    // [num_tokens, num_heads, D]
-  float* partial;               // [num_seqs * num_kv_heads * row_tiles, max_splits, 16, D + 2], decode only
+  float* partial;               // [num_seqs * num_kv_heads * row_tiles, max_splits, min(group, 16), D + 2], decode only
   int* arrived;                 // [num_seqs * num_kv_heads * row_tiles], zero before and after, decode only
   int64_t q_token_stride, q_head_stride;
   int num_seqs, num_heads, num_kv_heads, group, block_shift, table_stride;

@@ -169,7 +169,8 @@ __global__ void __launch_bounds__(DecodeShape<Tile>::kWarps * 32) decode_kernel(
     const auto read_others = [](const float* at) { return load_shared_by_blocks(at); };
     const int splits = num_splits(p, own.length);
     const int64_t cell = (static_cast<int64_t>(work.seq) * p.num_kv_heads + kv_head) * p.row_tiles + first_row / 16;
-    float* parts = p.partial + cell * p.max_splits * step;
+    const int64_t part_step = min(p.group, kDecodeRows) * (D + 2);
+    float* parts = p.partial + cell * p.max_splits * part_step;
     for (int i = threadIdx.x; i < rows * D; i += blockDim.x) {
       const int r = i / D, d = i % D;
       const Joined all = join<D>(found, Shape::kWarps, step, r, d, read_own);
@@ -177,7 +178,7 @@ __global__ void __launch_bounds__(DecodeShape<Tile>::kWarps * 32) decode_kernel(
         store_row<T, D>(p, own, first_row + r, d, all);
         continue;
       }
-      float* row = parts + work.item * step + r * (D + 2);
+      float* row = parts + work.item * part_step + r * (D + 2);
       row[d] = all.out;
       if (d == 0) row[D] = all.most, row[D + 1] = all.sum;
     }
@@ -190,7 +191,8 @@ __global__ void __launch_bounds__(DecodeShape<Tile>::kWarps * 32) decode_kernel(
       if (*is_last) {
         fence();
         for (int i = threadIdx.x; i < rows * D; i += blockDim.x)
-          store_row<T, D>(p, own, first_row + i / D, i % D, join<D>(parts, splits, step, i / D, i % D, read_others));
+          store_row<T, D>(p, own, first_row + i / D, i % D,
+                          join<D>(parts, splits, part_step, i / D, i % D, read_others));
         if (threadIdx.x == 0) p.arrived[cell] = 0;
       }
     }

@@ -98,6 +98,12 @@ __device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t b
   return y;
 }
 
+// x, which the compiler has to keep: it makes sums of indices anew in every step of a loop, though registers are free.
+// A warp together.
+__device__ __forceinline__ int keep(int x) {
+  return __shfl_sync(~0u, x, threadIdx.x % 32);
+}
+
 // a * b and a + b as they are written: no fused multiply-add.
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }

@@ -42,7 +42,8 @@ template <class Format, int TOKENS> struct ChunkCopies {
     const int64_t tile = (static_cast<int64_t>(expert) * p.padded_out + row_tile * kProductRows) / 16 + thread / kOfTile;
     codes = p.codes + (tile * p.num_chunks + chunk) * kOfTile + thread % kOfTile;
     code_step = static_cast<int64_t>(Shape::kThreads / kOfTile) * p.num_chunks * kOfTile;
-    input_to = input_offset(token, thread % 8);
+    codes_to = keep(thread * 16);
+    inputs_to = keep(Shape::kCodeBytes + input_offset(token, thread % 8));
     column = chunk * kChunkBytes + thread % 8 * 16;
     row_bytes = p.in_features * Format::kValueBytes;
 #pragma unroll
@@ -59,11 +60,11 @@ template <class Format, int TOKENS> struct ChunkCopies {
     const uint4* from = codes;
 #pragma unroll
     for (int i = 0; i < kCodes; ++i, from += code_step)
-      copy_async(stage + (threadIdx.x + i * Shape::kThreads) * 16, from, true);
+      copy_async(stage + codes_to + i * Shape::kThreads * 16, from, true);
     codes += kOfTile;
 #pragma unroll
     for (int i = 0; i < kInputs; ++i)
-      copy_async(stage + Shape::kCodeBytes + input_to + i * (Shape::kThreads / 8) * kChunkBytes, inputs[i] + column,
+      copy_async(stage + inputs_to + i * (Shape::kThreads / 8) * kChunkBytes, inputs[i] + column,
                  has_row[i] && column < row_bytes);
     column += kChunkBytes;
     if constexpr (Format::kScaled) scales.next(stage + Shape::kCodeBytes + Shape::kInputBytes);
@@ -73,7 +74,7 @@ template <class Format, int TOKENS> struct ChunkCopies {
   int64_t code_step;
   const unsigned char* inputs[kInputs];
   bool has_row[kInputs];
-  int input_to, column, row_bytes;  // bytes
+  int codes_to, inputs_to, column, row_bytes;
   ScaleCopies scales;
 };
 
@@ -114,27 +115,33 @@ __global__ void __launch_bounds__(ProductShape<Format, TOKENS>::kThreads) produc
   Sum part[Format::kScaled ? kTiles : 1][kColumns][4] = {};
   const int chunks_of_group = p.group_size > 64 ? p.group_size / 64 : 1;
   int left = chunks_of_group - begin % chunks_of_group;  // chunks of the group
+  // What a warp reads of a stage begins here.
+  const int codes_at = keep((first_tile * Format::kPieces * 32 + lane) * 16);
+  const int scales_at = keep(Shape::kCodeBytes + Shape::kInputBytes + (first_tile * 16 + lane / 4) * Format::kRowBytes);
+  const int inputs_at[2] = {keep(Shape::kCodeBytes + input_offset(first_column * 8 + lane % 8, lane / 8)),
+                            keep(Shape::kCodeBytes + input_offset(first_column * 8 + lane % 8, 4 + lane / 8))};
   for (int chunk = begin, current = 0; chunk < end; ++chunk) {
     copy_wait<Shape::kStages - 2>();
     __syncthreads();  // all threads' copies have landed, and all have read the stage that is filled next
     start_copy(chunk + Shape::kStages - 1);
     const unsigned char* stage = memory + current * Shape::kStageBytes;
     current = current + 1 == Shape::kStages ? 0 : current + 1;
-    const unsigned char* inputs = stage + Shape::kCodeBytes;
-    const unsigned char* scales = inputs + Shape::kInputBytes + (first_tile * 16 + lane / 4) * Format::kRowBytes;
-    const typename Format::Codes codes[kTiles] = {{stage, first_tile, lane}, {stage, first_tile + 1, lane}};
+    const typename Format::Codes codes[kTiles] = {{stage + codes_at}, {stage + codes_at + Format::kPieces * 512}};
     typename Format::Row row[kTiles];
-    const bool last = --left == 0 || chunk + 1 == end;  // of a group, or of this block's columns
-    if (left == 0) left = chunks_of_group;
+    bool last = true;  // of a group, or of this block's columns
+    if constexpr (!Format::kShort) {
+      last = --left == 0 || chunk + 1 == end;
+      if (left == 0) left = chunks_of_group;
+    }
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       if (half == 0 || Format::two_groups(p))
 #pragma unroll
-        for (int i = 0; i < kTiles; ++i) row[i].load(scales + half * Format::kHalfBytes, i * 16);
+        for (int i = 0; i < kTiles; ++i) row[i].load(stage + scales_at + half * Format::kHalfBytes, i * 16);
       uint32_t inputs_of[kColumns][4];
 #pragma unroll
       for (int n = 0; n < kColumns; ++n)
-        load_matrices(inputs_of[n], inputs + input_offset((first_column + n) * 8 + lane % 8, half * 4 + lane / 8));
+        load_matrices(inputs_of[n], stage + inputs_at[half] + n * 8 * kChunkBytes);
 #pragma unroll
       for (int i = 0; i < kTiles; ++i) {
 #pragma unroll

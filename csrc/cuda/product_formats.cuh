@@ -1,7 +1,7 @@
 // Weights as product_kernel takes them: what lies in a stage of its pipeline, and how a lane makes of it the left factor of
 // multiply_add. T: of results, and of inputs but for Int8.
 //
-//   Codes         of 16 rows and a chunk; fragment() is the left factor of a quarter of the chunk
+//   Codes         a lane's of 16 rows and a chunk; fragment() is the left factor of a quarter of the chunk
 //   Row           what a lane keeps of a group of columns of rows r and r + 8, loaded from where row r's scales lie in a
 //                 stage, kRowBytes a row; scales(): by which sums of the group are multiplied, where kScaled
 //   two_groups()  whether the halves of a chunk are of different groups; the second's scales lie kHalfBytes further on
@@ -40,13 +40,12 @@ __device__ __forceinline__ ScaleCopies copies_of_scales(const ProductParams& p, 
   const int64_t group = static_cast<int64_t>(expert) * p.scale_rows + (halves == 2 ? 2 * chunk + half : chunk / chunks);
   const int64_t row_bytes = static_cast<int64_t>(p.padded_out) * BYTES;
   return {static_cast<const unsigned char*>(p.scales) + group * row_bytes + row * BYTES + at, halves * row_bytes,
-          half * kProductRows * BYTES + at, chunks, chunks - chunk % chunks, thread < halves * kThreads};
+          keep(half * kProductRows * BYTES + at), chunks, chunks - chunk % chunks, thread < halves * kThreads};
 }
 
 struct PlainCodes {
   const uint4* at;
-  __device__ __forceinline__ PlainCodes(const unsigned char* codes, int tile, int lane)
-      : at(reinterpret_cast<const uint4*>(codes) + tile * 128 + lane) {}
+  __device__ __forceinline__ PlainCodes(const unsigned char* codes) : at(reinterpret_cast<const uint4*>(codes)) {}
   __device__ __forceinline__ void fragment(uint32_t (&to)[4], int step, const NoRow&) const {
     const uint4 v = at[step * 32];
     to[0] = v.x, to[1] = v.y, to[2] = v.z, to[3] = v.w;
@@ -54,7 +53,7 @@ struct PlainCodes {
 };
 
 struct Unscaled {
-  static constexpr bool kScaled = false;
+  static constexpr bool kScaled = false, kShort = true;
   static constexpr int kPieces = 4, kScaleBytes = 0, kRowBytes = 0, kHalfBytes = 0;
   using Codes = PlainCodes;
   using Row = NoRow;
@@ -71,9 +70,9 @@ template <class T> struct HalfInputs {
 };
 
 // Those, with a scale of BYTES for each group of p.group_size columns, which multiplies a group's sum in float32. A stage
-// has room for those of HALVES groups.
-template <class T, int BYTES, int HALVES> struct Grouped : HalfInputs<T> {
-  static constexpr bool kScaled = true;
+// has room for those of HALVES groups. SHORT: no group goes on from one chunk to the next.
+template <class T, int BYTES, int HALVES, bool SHORT> struct Grouped : HalfInputs<T> {
+  static constexpr bool kScaled = true, kShort = SHORT;
   static constexpr int kRowBytes = BYTES, kHalfBytes = kProductRows * BYTES, kScaleBytes = HALVES * kHalfBytes;
 };
 
@@ -94,8 +93,7 @@ template <class T_> struct Int8 : Unscaled {
 
 struct FourBitCodes {
   uint4 words;
-  __device__ __forceinline__ FourBitCodes(const unsigned char* codes, int tile, int lane)
-      : words(reinterpret_cast<const uint4*>(codes)[tile * 32 + lane]) {}
+  __device__ __forceinline__ FourBitCodes(const unsigned char* codes) : words(*reinterpret_cast<const uint4*>(codes)) {}
   __device__ __forceinline__ uint32_t word(int step) const {
     return step < 2 ? (step ? words.y : words.x) : (step == 2 ? words.z : words.w);
   }
@@ -108,7 +106,7 @@ template <> struct Magic<fp16> { static constexpr uint32_t kPair = 0x64006400; }
 
 // 4-bit integers with a scale and a zero for each group of columns (AWQ, GPTQ): code - zero is exact in T, and the scale
 // multiplies a group's sum in float32, so that no weight is rounded.
-template <class T_> struct W4 : Grouped<T_, 4, 2> {
+template <class T_> struct W4 : Grouped<T_, 4, 2, false> {
   using T = T_;
   static constexpr int kPieces = 1;
 
@@ -143,7 +141,7 @@ template <class T_> struct W4 : Grouped<T_, 4, 2> {
 };
 
 // 4-bit floats in groups of 32 columns that share a power of two, which multiplies a group's sum in float32.
-template <class T_> struct Mxfp4 : Grouped<T_, 1, 2> {
+template <class T_> struct Mxfp4 : Grouped<T_, 1, 2, true> {
   using T = T_;
   static constexpr int kPieces = 1;
 
@@ -172,7 +170,7 @@ template <class T_> struct Mxfp4 : Grouped<T_, 1, 2> {
 };
 
 // 8-bit floats for 16-bit inputs, with a scale for each group of columns, which multiplies a group's sum in float32.
-template <class T_> struct Fp8 : Grouped<T_, 4, 1> {
+template <class T_> struct Fp8 : Grouped<T_, 4, 1, false> {
   using T = T_;
   static constexpr int kPieces = 2;
 
@@ -189,8 +187,8 @@ template <class T_> struct Fp8 : Grouped<T_, 4, 1> {
   };
   struct Codes {
     uint4 words[2];
-    __device__ __forceinline__ Codes(const unsigned char* codes, int tile, int lane) {
-      const uint4* own = reinterpret_cast<const uint4*>(codes) + tile * 64 + lane;
+    __device__ __forceinline__ Codes(const unsigned char* codes) {
+      const uint4* own = reinterpret_cast<const uint4*>(codes);
       words[0] = own[0], words[1] = own[32];
     }
     __device__ __forceinline__ void fragment(uint32_t (&to)[4], int step, const Row&) const {

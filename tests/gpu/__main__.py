@@ -1,7 +1,7 @@
 """Checks and times every GPU kernel and the engines: `python -m tests.gpu`, under nine minutes, no network.
 
     python -m tests.gpu --only attention      cases and kernels with this in their name
-    python -m tests.gpu --parts decode        compile, check, kernels, decode, requests, sanitizer, devices
+    python -m tests.gpu --parts decode        compile, first, check, kernels, decode, requests, sanitizer, devices
     python -m tests.gpu --interpret           Triton's kernels on the processor, small: that the command works
 
 Each part is a process, and so is what may break the device in it; what it has found until then is kept. The ledger,
@@ -33,6 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDERS = {"triton": ROOT / "engines/triton", "cuda": ROOT / "csrc/cuda"}
 MOST_S = {
     "compile": 180.0,
+    "first": 60.0,
     "check": 150.0,
     "kernels": 100.0,
     "decode": 120.0,

@@ -82,6 +82,15 @@ def compiled(asked: Asked) -> Result:
     return result
 
 
+def first(asked: Asked) -> Result:
+    """What the CUDA kernels take the hardware to be."""
+    from tests.gpu import first
+
+    if asked.backend != "cuda":
+        return Result(["left out: the CUDA library's"])
+    return Result(*first.run(asked.deadline - time.time()))
+
+
 def check(asked: Asked) -> Result:
     """Every case of every op against float64."""
     from tests.gpu import checking
@@ -209,6 +218,7 @@ def _paths() -> list[str | None]:
 
 PARTS = {
     "compile": compiled,
+    "first": first,
     "check": check,
     "kernels": kernels,
     "decode": decode,

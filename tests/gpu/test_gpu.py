@@ -8,18 +8,23 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from engines.cuda.opset import OpSet as CudaOps
 from engines.gpu_ledger import FILE as LEDGER
 from engines.parallel.place import Place
+from tests.csrc.cuda import emulated
 from tests.engines.triton.kernels import KERNELS
 from tests.gpu import __main__ as gpu
-from tests.gpu import devices, parts
+from tests.gpu import devices, first, parts
 from tests.gpu.__main__ import FOLDERS, ROOT, entry, one
+from tests.gpu.first import Copying
 from tests.gpu.timing import SMALL, Kernel, decoder
 from tests.parallel.cases import ThreadGroup, Threads
 
@@ -151,6 +156,37 @@ def test_the_ledger_holds_what_gpus_have_shown() -> None:
     for name, seen in json.loads(LEDGER.read_text()).items():
         assert name.split(":")[0] in FOLDERS
         assert {"date", "device", "driver", "torch", "time_us", "fraction", "sources"} <= set(seen)
+
+
+@pytest.mark.parametrize("name", ("decode", "splits", "prefill_sm90", "products", "products_fp8"))
+def test_what_the_kernels_assume_of_the_hardware_holds_in_the_emulator(name: str) -> None:
+    """So that what a GPU finds wrong is the GPU's, or the emulator's reading of it."""
+    why = emulated.absent()
+    if why is not None:
+        pytest.skip(why)
+    assert first.CHECKS[name](CudaOps(emulated.library()), torch.device("cpu")) == []
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    (
+        (lambda found, work: found[3, 1].copy_(work.cache.v[0, 0, 0]), "the value of another key"),
+        (lambda found, work: found[3, 1, 8:16].neg_(), "dimensions 8 to 15 differ"),
+        (lambda found, work: found[3, 1, 0].fill_(float("nan")), "NaN: what was not copied"),
+    ),
+)
+def test_a_wrong_copy_of_attention_is_told_apart(spoil: Callable[[Tensor, Copying], object], said: str) -> None:
+    work = Copying(torch.device("cpu"), (20, 33), (2, 5))
+    found = work.expected.clone()
+    assert work.problems(found, "as it is") == []
+    spoil(found, work)
+    (line,) = work.problems(found, "spoiled")
+    assert line.startswith("spoiled: 1 of 56 rows; token 3, head 1, key ") and said in line
+
+
+def test_a_check_that_hangs_or_dies_costs_that_check() -> None:
+    assert first.one("decode", 0.0) == ["hangs: ended after 0 s"]
+    assert first.one("no such check", 60.0)[0] == "ended with status 2"
 
 
 def test_sums_over_devices_need_two(monkeypatch: pytest.MonkeyPatch) -> None:

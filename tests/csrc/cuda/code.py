@@ -69,6 +69,19 @@ def instructions(program: Path, compiled: Path, arch: str) -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
+def loop(text: str, kernel: str, instruction: str) -> list[str]:
+    """The shortest loop of a kernel's machine code that has such an instruction. kernel: part of the name as linked."""
+    (own,) = [part for part in text.split("Function : ")[1:] if kernel in part.split("\n")[0]]
+    code = [(int(at, 16), what) for at, what in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+(\S[^;]*);", own)]
+    places = {at: i for i, (at, _) in enumerate(code)}
+    found = []
+    for i, (at, what) in enumerate(code):
+        back = re.search(r"\bBRA\b.* 0x([0-9a-f]+)", what)
+        if back and int(back[1], 16) < at:
+            found.append([name for _, name in code[places[int(back[1], 16)] : i + 1]])
+    return min((body for body in found if any(instruction in name for name in body)), key=len)
+
+
 def main(folder: Path) -> None:
     table = {
         arch: {name: entry["registers"] for name, entry in own.items()} for arch, own in sorted(kernels(folder).items())

@@ -82,6 +82,17 @@ def test_a_token_has_the_bits_that_it_has_alone(ops: OpSet) -> None:
         assert_bitwise_equal(ops.linear(x[begin:end], prepared), together[begin:end])
 
 
+def test_products_that_are_not_split_need_no_counters(ops: OpSet) -> None:
+    """They have more tiles than there are counters where rows and tokens are many."""
+    weight = replace(CASES[0], out_features=384).weight()
+    prepared, x = ops.prepare_quantized(weight, None, torch.bfloat16), torch.randn(3, 64).bfloat16()
+    packed = prepared.data
+    assert isinstance(packed, PackedWeight)
+    out, none = x.new_empty(3, 384), torch.zeros(0, dtype=torch.int32)
+    torch.ops.cuda_ops.linear(x, packed.format, packed.codes, packed.scales, None, None, none, out)
+    assert_bitwise_equal(out, ops.linear(x, prepared))
+
+
 @pytest.mark.parametrize(
     "weight",
     (
