@@ -13,6 +13,7 @@ namespace cuda_ops {
 namespace {
 
 constexpr int kLeastChunks = 8;  // of a split: 512 columns of 16-bit inputs
+constexpr int kHalfBytes = 2;    // of a result
 
 struct Format {
   ScalarType scales;
@@ -112,11 +113,20 @@ void linear(const Tensor& x, std::string weights, const Tensor& codes, const std
   check_size(out, 0, p.num_tokens, "out");
   if (p.num_tokens == 0) return;
   const Place place(x.get_device_index());
-  const int tile = format.tile(p.num_tokens);
-  const int64_t row_tiles = p.padded_out / kProductRows, tiles = ceil_div(p.num_tokens, tile);
+  const int64_t tokens = p.num_tokens, row_tiles = p.padded_out / kProductRows;
+  const int tile = format.tile(tokens);
   split_columns(p, row_tiles, kLeastChunks, place);
-  const Tensor partial = sums_of_splits(p, row_tiles * tiles, x, arrived);
-  format.launch(out.scalar_type(), tile, static_cast<int>(tiles), place, p);
+  const int64_t most = tokens_of_launch(p, tokens);
+  p.num_tokens = static_cast<int>(most);
+  const Tensor partial = sums_of_splits(p, row_tiles * ceil_div(most, tile), x, arrived);
+  for (int64_t begin = 0; begin < tokens; begin += most) {
+    ProductParams part = p;
+    part.num_tokens = static_cast<int>(std::min(most, tokens - begin));
+    part.x = static_cast<const unsigned char*>(p.x) + begin * p.x_stride * format.value_bytes;
+    part.out = static_cast<unsigned char*>(p.out) + begin * p.out_features * kHalfBytes;
+    if (p.x_scales) part.x_scales = p.x_scales + begin;
+    format.launch(out.scalar_type(), tile, static_cast<int>(ceil_div(part.num_tokens, tile)), place, part);
+  }
 }
 
 // Each slot's row by its expert's weight. slots: [tiles, tile], tile_experts: [tiles], as sort_slots makes them; slot s is

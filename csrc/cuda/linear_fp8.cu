@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <algorithm>
 #include <optional>
 #include <utility>
 
@@ -67,9 +68,18 @@ void linear_fp8(const Tensor& x, const Tensor& codes, const Tensor& scales, cons
   p.bias = bias ? bias->const_data_ptr() : nullptr;
   p.out = out.mutable_data_ptr();
   split_columns(p, row_tiles, kLeastChunks, place);
-  const Tensor partial = sums_of_splits(p, row_tiles * tiles, x, arrived);
+  const int64_t most = tokens_of_launch(p, tokens);
+  p.num_tokens = static_cast<int>(most);
+  const Tensor partial = sums_of_splits(p, row_tiles * ceil_div(most, tile), x, arrived);
 #ifdef CUDA_OPS_SM90
-  launch_fp8_sm90(out.scalar_type(), tile, blocks, codes.const_data_ptr(), x.const_data_ptr(), in_features, place, p);
+  for (int64_t begin = 0; begin < tokens; begin += most) {
+    Fp8Params part = p;
+    part.num_tokens = static_cast<int>(std::min(most, tokens - begin));
+    part.x_scales = p.x_scales + begin;
+    part.out = static_cast<unsigned char*>(p.out) + begin * out_features * 2;
+    launch_fp8_sm90(out.scalar_type(), tile, blocks, codes.const_data_ptr(), data<unsigned char>(x) + begin * in_features,
+                    in_features, place, part);
+  }
 #endif
 }
 

@@ -18,8 +18,14 @@ template <class Params> void split_columns(Params& p, int64_t row_tiles, int lea
   p.splits = static_cast<int>(ceil_div(chunks, p.chunks_of_split));
 }
 
-// Room for the sums of all splits, of 32 bits; empty for one split. Sets partial and arrived, which one split has no use
-// for: a product of many rows and tokens has more tiles than there are counters.
+// Tokens of a launch, of `tokens`: all of a product that is not split, else so many that their sums nearly stay in the
+// second-level cache, and do not grow with the tokens. A multiple of every tile.
+template <class Params> int64_t tokens_of_launch(const Params& p, int64_t tokens) {
+  return p.splits > 1 ? std::min<int64_t>(tokens, 1024) : tokens;
+}
+
+// Room for the sums of all splits of p.num_tokens, of 32 bits; empty for one split. Sets partial and arrived, which one
+// split has no use for: a product of many rows and tokens has more tiles than there are counters.
 template <class Params> Tensor sums_of_splits(Params& p, int64_t tiles, const Tensor& like, const Tensor& arrived) {
   STD_TORCH_CHECK(p.splits == 1 || (arrived.scalar_type() == ScalarType::Int && arrived.is_contiguous() &&
                                     arrived.numel() >= tiles),

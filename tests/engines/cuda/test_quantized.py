@@ -256,6 +256,17 @@ def test_a_token_of_8_bit_floats_has_the_bits_that_it_has_alone(ops: OpSet) -> N
         assert_bitwise_equal(ops.linear(x[begin:end], prepared), together[begin:end])
 
 
+@pytest.mark.parametrize("kind", ("w4", "fp8"))
+def test_more_tokens_than_a_launch_of_splits_takes_have_the_same_bits(ops: OpSet, kind: str) -> None:
+    weight = floats_of(16, 1024, (128, 128)) if kind == "fp8" else W4Case(16, 1024, 128, 1).weight()
+    bias = torch.randn(16).bfloat16()
+    prepared = ops.prepare_quantized(weight, bias, torch.bfloat16)
+    x = torch.randn(1100, 1024, generator=torch.Generator().manual_seed(1)).bfloat16()
+    together = ops.linear(x, prepared)
+    for begin, end in ((0, 2), (1022, 1027), (1099, 1100)):
+        assert_bitwise_equal(ops.linear(x[begin:end], prepared), together[begin:end])
+
+
 @pytest.mark.parametrize("tile", ((16, 16), (128, 32)))
 def test_8_bit_floats_of_other_tiles_are_left_to_the_reference(ops: OpSet, tile: tuple[int, int]) -> None:
     weight = floats_of(128, 128, tile)
