@@ -26,6 +26,7 @@ from runner.chunk import Chunk, Part
 from runner.config import JobConfig, ShardConfig, to_yaml
 from runner.disk import check_room
 from runner.engine_main import Loader, load
+from runner.env import installed
 from runner.errors import EngineError, InputError, InternalError, RowError, RunnerError
 from runner.inspect import UNKNOWN_LENGTH, check_columns
 from runner.journal import Journal
@@ -34,7 +35,7 @@ from runner.ledger import Ledger
 from runner.openai_batch import OUTPUT_FILE, write_batch_files
 from runner.progress import Counts, Progress, Summary
 from runner.prompt import load_tokenizer
-from runner.secrets import mask
+from runner.secrets import mask, mask_tree
 from runner.sink import Sink
 from runner.source import Source, open_source
 from runner.stop import ErrorLimit, Stop
@@ -50,6 +51,8 @@ PIECE_ROWS = 1024
 """Most rows that become requests at once."""
 TABLE_ROWS = 4096
 """Finished rows of a chunk that become a table without waiting for the journal's interval."""
+MADE_BY = ("batch-inference-runner", "torch", "transformers", "tokenizers", "pyarrow")
+"""Packages whose versions are in the metadata of parts."""
 COUNTING_S = 2.0
 """Longest time to find out how many rows the input has, for the progress; beyond it the job starts without knowing."""
 
@@ -99,7 +102,7 @@ def run(plan: Plan, engine: Engine | None = None, loader: Loader = load) -> Summ
             progress.say(f"dataset: column {name!r} is in the output as {new!r}, as the task has one of that name")
         progress.total_rows = count_rows(source, job, ledger)
         check_room(ledger.folder, layout.schema, progress.total_rows)
-        sink = Sink(ledger.storage, layout.schema, job.output, {"job": job.name})
+        sink = Sink(ledger.storage, layout.schema, job.output, provenance(plan))
         with contextlib.closing(Journal.open(ledger.storage, layout.schema, f"shard{job.shard.index}")) as journal:
             runner = JobRunner(job, source, layout, ledger, sink, journal, progress, stop)
             with open_engine(plan, engine, loader, progress, stop) as load_engine:
@@ -167,6 +170,25 @@ def save_plan(plan: Plan, ledger: Ledger, amendments: Sequence[str] = ()) -> Non
     content = plan.to_dict() | ({"amendments": list(amendments)} if amendments else {})
     ledger.storage.replace("plan.json", orjson.dumps(content, option=options))
     ledger.storage.replace("config.yaml", to_yaml(plan.job).encode())
+
+
+def provenance(plan: Plan) -> dict[str, str]:
+    """What made a part, for its metadata: job, fingerprint, and as JSON what ran and the versions of it."""
+    settings = plan.settings
+    ran = {
+        "model": plan.job.model.path,
+        "architecture": plan.architecture,
+        "implementation": settings.implementation,
+        "engine": settings.backend,
+        "dtype": settings.dtype,
+        "device": plan.host.device_name,
+    }
+    texts = {
+        "plan": ran,
+        "fingerprint": dict(plan.fingerprint),
+        "versions": {name: installed(name) for name in MADE_BY},
+    }
+    return {"job": plan.job.name} | {key: orjson.dumps(mask_tree(value)).decode() for key, value in texts.items()}
 
 
 def count_rows(source: Source, job: JobConfig, ledger: Ledger) -> int | None:

@@ -24,8 +24,7 @@ class Sink:
 
     Args:
         folder: The job's output folder (`Ledger.folder`), or its storage.
-        metadata: Provenance, written into the metadata of every part. The same for every run of a job, or its files
-            differ in their bytes.
+        metadata: Provenance, written into the metadata of every part.
     """
 
     def __init__(

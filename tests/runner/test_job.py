@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from engines.api import ErrorInfo, Outcome, Request, SamplingParams
@@ -144,6 +146,16 @@ def test_an_input_without_columns_is_said_to_be_empty(tmp_path: Path) -> None:
     (tmp_path / "rows" / "night.jsonl").touch()
     with pytest.raises(InputError, match=r"dataset\.path: .*rows: empty, so without columns; expected text; check"):
         run(make_plan(tmp_path), FakeEngine())
+
+
+def test_a_part_says_what_made_it(tmp_path: Path, rows: Path) -> None:
+    folder = Path(run(make_plan(tmp_path), FakeEngine()).folder)
+    for part in (folder / "parts").iterdir():
+        said = {key.decode(): value.decode() for key, value in pq.read_metadata(part).metadata.items()}
+        assert said["job"] == "job"
+        assert json.loads(said["fingerprint"]) == json.loads((folder / "fingerprint.json").read_text())["fingerprint"]
+        assert json.loads(said["plan"]).items() >= {("engine", "cpu"), ("dtype", "float32")}
+        assert json.loads(said["versions"])["torch"] == metadata.version("torch")
 
 
 def test_the_folder_of_another_job_is_refused_or_left_alone(tmp_path: Path, rows: Path) -> None:
