@@ -247,9 +247,10 @@ def _peer(
     manager = model.init_continuous_batching(generation_config=GenerationConfig(do_sample=False, eos_token_id=None))
     manager.start()
     try:
-        left = 1
         manager.add_request([5, 6, 7], request_id="warm", max_new_tokens=4)
-        left, _ = _collect(manager, left, deadline)
+        left, wrong = _collect(manager, 1, deadline)
+        if left:
+            raise RuntimeError(f"transformers: its first request was not finished ({wrong or 'no time'})")
         begin = time.perf_counter()
         for i, (prompt, n) in enumerate(asked):
             manager.add_request(prompt, request_id=str(i), max_new_tokens=n)
