@@ -64,11 +64,12 @@ class Tiles:
 def block_of_tokens(sm: tuple[int, int], weight: Stacked, itemsize: int, num_tokens: float) -> int:
     """Tokens of a tile, for so many of one weight in a dtype of itemsize bytes.
 
-    128 where one warpgroup's registers hold two sums of it: those of several groups, or of float8, are more.
+    128 where one warpgroup's registers hold two sums of it: those of several groups, or of float8, are more, and groups
+    that end anywhere have scales that shared memory has to hold too.
     """
     if itemsize == 4 or sm < (8, 0):
         return min(32, power_of_two(int(num_tokens), 16))
-    scaled = grouping(weight)[0] > 1 if isinstance(weight, Packed) else weight.data.dtype == torch.float8_e4m3fn
+    scaled = grouping(weight)[0] != 1 if isinstance(weight, Packed) else weight.data.dtype == torch.float8_e4m3fn
     most = 128 if sm[0] in (9, 10) and not scaled else 64
     return min(most, power_of_two(int(num_tokens), 16))
 

@@ -199,21 +199,23 @@ def packed(sm: tuple[int, int]) -> Iterator[Build]:
         return pack_ints([GroupedIntWeight(codes, torch.ones(8, 1536 // size), zeros, bits, size)])
 
     floats = Float8Weight(torch.zeros(8, 1536).to(torch.float8_e4m3fn), torch.ones(1, 12), (128, 128))
+    small = Float8Weight(torch.zeros(8, 1536).to(torch.float8_e4m3fn), torch.rand(1, 96), (16, 16))
     four = MXFP4Weight(torch.zeros(8, 768, dtype=torch.uint8), torch.zeros(8, 48, dtype=torch.uint8))
     weights = {
         "w4 g128": ints(4, 128), "w4 g32": ints(4, 32), "w8 g128": ints(8, 128), "w4 g48": ints(4, 48),
-        "w2 g64": ints(2, 64), "fp8": pack_floats([floats]), "mxfp4": pack_mxfp4([four]),
+        "w2 g64": ints(2, 64), "fp8": pack_floats([floats]), "fp8 g16": pack_floats([small]),
+        "mxfp4": pack_mxfp4([four]),
     }  # fmt: skip
     for (name, weight), tokens in itertools.product(weights.items(), (1, 32, 8192)):
         tiles = linear.tiles_of(sm, weight, 2, linear.block_of_tokens(sm, weight, 2, tokens))
         own = {
             "VALUES": weight.values, "BITS": weight.bits, "WIDTH": WIDTH[weight.bits], "TOP_K": 1,
-            "EVEN_K": name != "w4 g48",
+            "EVEN_K": name not in ("w4 g48", "fp8 g16"),
             "PAIRED": linear.pairs(sm, weight, 2, tiles.block_t),
             "GROUPS": linear.grouping(weight)[0], "SPLITS": 4 if tokens == 1 else 1, "BLOCK_N": tiles.block_n,
             "BLOCK_T": tiles.block_t, "bias_ptr": None,
         }  # fmt: skip
-        scales = {torch.uint8: "*u8", torch.float16: "*fp16"}[weight.scales.dtype]
+        scales = {torch.uint8: "*u8", torch.float16: "*fp16", torch.float32: "*fp32"}[weight.scales.dtype]
         types = {"words_ptr": "*i32", "scales_ptr": scales, "zeros_ptr": "*u8"}
         own |= {} if weight.zeros is not None else {"zeros_ptr": None}
         own |= {} if tokens == 32 else {"slots_ptr": None, "experts_ptr": None}
