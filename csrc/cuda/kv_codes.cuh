@@ -57,26 +57,26 @@ template <class T, Form FORM> struct CodePairs;
 template <> struct CodePairs<fp16, Form::int8> {
   static constexpr float kCenter = 128.0f, kUnit = 1.0f;
   __device__ __forceinline__ static uint32_t make(uint32_t x) {
-    return subtract_pairs<fp16>((x & 0x00FF00FF) | 0x64006400, 0x64806480);
+    return subtract_pairs<fp16>(and_or(x, 0x00FF00FF, 0x64006400), 0x64806480);
   }
 };
 template <> struct CodePairs<bf16, Form::int8> {
   static constexpr float kCenter = 128.0f, kUnit = 1.0f;
   // 7 bits of mantissa: 128 + code % 128, less 256 or 128 as the code's upper bit says.
   __device__ __forceinline__ static uint32_t make(uint32_t x) {
-    return subtract_pairs<bf16>((x & 0x007F007F) | 0x43004300, (~x & 0x00800080) | 0x43004300);
+    return subtract_pairs<bf16>(and_or(x, 0x007F007F, 0x43004300), not_and_or(x, 0x00800080, 0x43004300));
   }
 };
 template <> struct CodePairs<fp16, Form::int4> {
   static constexpr float kCenter = 8.0f, kUnit = 1.0f;
   __device__ __forceinline__ static uint32_t make(uint32_t x) {
-    return subtract_pairs<fp16>((x & 0x000F000F) | 0x64006400, 0x64086408);
+    return subtract_pairs<fp16>(and_or(x, 0x000F000F, 0x64006400), 0x64086408);
   }
 };
 template <> struct CodePairs<bf16, Form::int4> {
   static constexpr float kCenter = 8.0f, kUnit = 1.0f;
   __device__ __forceinline__ static uint32_t make(uint32_t x) {
-    return subtract_pairs<bf16>((x & 0x000F000F) | 0x43004300, 0x43084308);
+    return subtract_pairs<bf16>(and_or(x, 0x000F000F, 0x43004300), 0x43084308);
   }
 };
 template <> struct CodePairs<fp16, Form::fp8> {

@@ -91,10 +91,15 @@ __device__ __forceinline__ uint32_t select_bytes(uint32_t a, uint32_t b, uint32_
   return __byte_perm(a, b, which);
 }
 
-// (x & mask) | bits in one instruction: of two constants the compiler makes two.
+// (x & mask) | bits and (~x & mask) | bits in one instruction: where two of them are constants the compiler makes two.
 __device__ __forceinline__ uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) {
   uint32_t y;
   asm("lop3.b32 %0, %1, %2, %3, 0xEA;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
+  return y;
+}
+__device__ __forceinline__ uint32_t not_and_or(uint32_t x, uint32_t mask, uint32_t bits) {
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xAE;" : "=r"(y) : "r"(x), "r"(mask), "r"(bits));
   return y;
 }
 

@@ -70,6 +70,7 @@ inline uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t which) {
   return result;
 }
 inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
+inline uint32_t not_and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (~x & mask) | bits; }
 inline int keep(int x) { return x; }
 inline float multiply(float a, float b) { volatile float c = a * b; return c; }
 inline float add(float a, float b) { volatile float c = a + b; return c; }
