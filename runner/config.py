@@ -301,7 +301,21 @@ def task_modules() -> dict[str, Any]:
 
 def combinations(job: JobConfig, kind: str | None) -> list[str]:
     """What is wrong with values that are each sound, a line for each finding. kind: what the task asks of an engine."""
-    return [*_model_findings(job), *_sampling_findings(job, kind), *_output_findings(job), *_run_findings(job, kind)]
+    return [
+        *_path_findings(job),
+        *_model_findings(job),
+        *_sampling_findings(job, kind),
+        *_output_findings(job),
+        *_run_findings(job, kind),
+    ]
+
+
+def _path_findings(job: JobConfig) -> Iterator[str]:
+    # As from a shell's variable that is not set: an empty path would be the current folder.
+    paths = {"model.path": job.model.path, "dataset.path": job.dataset.path, "output.folder": job.output.folder}
+    for key, path in paths.items():
+        if not path.strip():
+            yield f"{key}: {path!r}; expected a path; write . for the current folder"
 
 
 def _model_findings(job: JobConfig) -> Iterator[str]:
@@ -339,6 +353,8 @@ def _sampling_findings(job: JobConfig, kind: str | None) -> Iterator[str]:
                 f"sampling.columns.{name}: no such sampling parameter; expected one of {', '.join(known)}; "
                 + schema.advice(name, known, "remove it")
             )
+    if "" in sampling.stop:
+        yield "sampling.stop: holds an empty text; expected texts that end an output; remove it"
     if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
         yield (
             f"sampling.min_tokens: {sampling.min_tokens}; expected at most sampling.max_tokens, which is "

@@ -385,8 +385,9 @@ def load_tokenizer(path: str) -> Tokenizer:
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # a panic in the tokenizers library is no Exception
+        reason = " ".join(str(error).split())
         raise InputError(
-            f"model.path: {path} has no tokenizer that can be read ({type(error).__name__}: {error}); "
+            f"model.path: {path} has no tokenizer that can be read ({type(error).__name__}: {reason}); "
             "expected tokenizer.json; take the tokenizer's files from where the weights came from"
         ) from error
     return Tokenizer(tokenizer, config, template)
