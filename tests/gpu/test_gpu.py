@@ -158,7 +158,7 @@ def test_the_ledger_holds_what_gpus_have_shown() -> None:
         assert {"date", "device", "driver", "torch", "time_us", "fraction", "sources"} <= set(seen)
 
 
-@pytest.mark.parametrize("name", ("decode", "splits", "prefill_sm90", "products", "products_fp8"))
+@pytest.mark.parametrize("name", first.CHECKS)
 def test_what_the_kernels_assume_of_the_hardware_holds_in_the_emulator(name: str) -> None:
     """So that what a GPU finds wrong is the GPU's, or the emulator's reading of it."""
     why = emulated.absent()

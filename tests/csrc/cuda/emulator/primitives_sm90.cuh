@@ -103,6 +103,7 @@ inline void barrier_arrive(PhaseBarrier* barrier) {
 }
 inline void barrier_arrive_expect(PhaseBarrier* barrier, int bytes) {
   sm90::Phase& own = sm90::phase(barrier);
+  if (bytes < 0 || bytes >= 1 << 20) emulator::fail("a barrier does not count so many bytes");
   own.bytes += bytes;
   own.missing--;
   sm90::advance(own);
@@ -138,6 +139,9 @@ inline void fence_async() {}
 inline uint64_t describe_tile(const void* at, int leading, int stride) {
   const uint64_t offset = static_cast<const unsigned char*>(at) - emulator::block->shared;
   if (offset % 16 || leading % 16 || stride % 16) emulator::fail("describe_tile: 16 does not divide it");
+  if (leading >> 18 || stride >> 18) emulator::fail("describe_tile: a step that 14 bits do not hold");
+  // The field for another beginning of the swizzle's pattern, bits 49 to 51, is 0.
+  if (offset >> 7 & 7) emulator::fail("describe_tile: not in the first of eight rows");
   return (offset & 0x3FFFF) >> 4 | static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32 |
          static_cast<uint64_t>(1) << 62;
 }
@@ -237,11 +241,12 @@ inline TensorMap tensor_map(const void* data, const uint64_t (&sizes)[4], const 
   STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0 && box[0] == 64, "tensor_map: what cuda would refuse");
   for (int i = 0; i < 4; ++i) {
     STD_TORCH_CHECK(box[i] >= 1 && box[i] <= 256, "tensor_map: a box of ", box[i]);
+    STD_TORCH_CHECK(sizes[i] >= 1 && sizes[i] <= 1ull << 32, "tensor_map: a size of ", sizes[i]);
     made.sizes[i] = sizes[i];
     made.box[i] = box[i];
   }
   for (int i = 0; i < 3; ++i) {
-    STD_TORCH_CHECK(strides[i] % 16 == 0, "tensor_map: a stride of ", strides[i], " bytes");
+    STD_TORCH_CHECK(strides[i] % 16 == 0 && strides[i] < 1ull << 40, "tensor_map: a stride of ", strides[i], " bytes");
     made.strides[i] = strides[i];
   }
   return made;
