@@ -410,7 +410,7 @@ def _verdict(
     offer = _offer(engine, host)
     needed = needs(job, checkpoint, spec, dtype, kind)
     missed = difference(needed, offer)
-    slow = [f"{op}: reference op inside the decode step" for op in reference_ops(needed, offer)]
+    slow = ", ".join(reference_ops(needed, offer))
     notes = [note] if note else []
     if not offer.blockers:
         libraries = _libraries(engine, job, config, checkpoint, spec, dtype, kind, host)
@@ -421,9 +421,10 @@ def _verdict(
         method = quantization_of(job, checkpoint)["quantization"]
         notes.append(f"{method}: weights are dequantized to {dtype} at load and take the memory of that")
     if slow and job.backend == "auto" and engine != ORDER[-1]:
-        missed += slow
+        missed.append(f"{slow}: on the reference inside the decode step")
     elif slow:
-        notes += [f"{text} ({', '.join(offer.notes)})" if offer.notes else text for text in slow]
+        why = f" ({', '.join(offer.notes)})" if offer.notes else ""
+        notes.append(f"{slow}: on the reference inside the decode step{why}")
     since = offer.stored_only.get(quantization_of(job, checkpoint).get("weights", ""))
     if since is not None and offer.sm is not None and offer.sm < since:
         method, generation = quantization_of(job, checkpoint)["quantization"], ".".join(map(str, offer.sm))

@@ -80,7 +80,7 @@ def _choose_split(dataset: DatasetConfig, splits: list[str]) -> str:
     if dataset.split is None and len(splits) == 1:
         return splits[0]
     if dataset.split not in splits:
-        raise ConfigError(f"dataset.split: {dataset.split}; expected one of {', '.join(splits)}; name one")
+        raise ConfigError(f"dataset.split: {dataset.split or 'null'}; expected one of {', '.join(splits)}; name one")
     return dataset.split
 
 

@@ -112,11 +112,11 @@ def test_auto_passes_over_reference_ops_in_the_decode_step_and_a_named_engine_do
     offer_everything(monkeypatch, "triton", reference=frozenset({"rope"}))
     plan = resolve(planning(H200), checkpoint(), H200, "generate")
     assert plan.settings.backend == "cpu"
-    assert missed(plan, "triton") == ("rope: reference op inside the decode step",)
+    assert missed(plan, "triton") == ("rope: on the reference inside the decode step",)
     named = resolve(planning(H200, backend="triton"), checkpoint(), H200, "generate")
     assert named.settings.backend == "triton"
     notes = next(v for v in named.verdicts if v.engine == "triton").notes
-    assert notes[0] == "rope: reference op inside the decode step"
+    assert notes[0] == "rope: on the reference inside the decode step"
     assert "no GPU has run its kernels yet" in notes[1]
 
 
@@ -575,7 +575,7 @@ def test_a_quantized_cache_holds_more_and_is_part_of_the_requirements() -> None:
     bare = resolve(slow, checkpoint(), replace(CPU, extensions=frozenset()), "generate")
     for plan, noted in ((small, False), (bare, True)):
         notes = [note for verdict in plan.verdicts for note in verdict.notes]
-        assert any(note.startswith("quantized_attention") for note in notes) is noted
+        assert any("quantized_attention" in note for note in notes) is noted
     through = planning(CPU, backend="cpu", backend_config=CpuConfig(kv_dtype="int8"))
     with pytest.raises(EngineError, match="transformers_model kv_dtype=int8: cpu does not offer it"):
         resolve(through, checkpoint(architectures=["GPT2LMHeadModel"], n_positions=1024), CPU, "generate", True)

@@ -417,7 +417,7 @@ def test_data_set_by_name_is_streamed(weird_tmp_path: Path) -> None:
         assert source.read(chunk, ["n"]).column("n").to_pylist() == list(
             range(chunk.start, chunk.start + chunk.num_rows)
         )
-    with pytest.raises(ConfigError, match=r"dataset.split: None; expected one of train, test"):
+    with pytest.raises(ConfigError, match=r"dataset.split: null; expected one of train, test"):
         open_source(DatasetConfig(str(weird_tmp_path), format="huggingface"))
 
 
