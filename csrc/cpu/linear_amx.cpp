@@ -3,6 +3,9 @@
 //
 // A block of 32 rows by 32 outputs (16 and 16 of the two halves, if gated) is four tiles, which stay in registers over
 // all inputs. All rows go by two strips of the weight before the next ones come, and ask for those meanwhile, evenly.
+//
+// Four tiles come for four products, more than the second-level cache gives: what is used again, of many rows the strips
+// and of one block these, stays in the nearest cache, and the others pass it by.
 
 #include <algorithm>
 
@@ -30,6 +33,12 @@ struct Rows {
   do {                                                                \
     if constexpr (number == Number::bf16) _tile_dpbf16ps(c, a, b);    \
     else _tile_dpbssd(c, a, b);                                       \
+  } while (false)
+
+#define LOAD_TILE(which, tile, at, stride)                            \
+  do {                                                                \
+    if constexpr (passing == which) _tile_stream_loadd(tile, at, stride); \
+    else _tile_loadd(tile, at, stride);                               \
   } while (false)
 
 // Two strips of a weight.
@@ -92,9 +101,12 @@ struct Pending {
   }
 };
 
+// What passes the nearest cache by.
+enum class Passing { rows, strips };
+
 // sums = rows @ strips. Meanwhile stores the block before, whose vector operations take as long as the tiles' own, and
 // asks for `ahead` cache lines of each of the coming strips a step.
-template <Number number, bool act, bool gated, bool two>
+template <Number number, bool act, bool gated, bool two, Passing passing>
 void multiply_rows(const Rows& rows, Strips strips, int64_t steps, char* sums, Pending& before, Strips coming, int ahead) {
   const int64_t stored = (kBlockRows + steps - 1) / steps;
   _tile_zero(0);
@@ -103,15 +115,15 @@ void multiply_rows(const Rows& rows, Strips strips, int64_t steps, char* sums, P
   if (two) _tile_zero(3);
   const char* x = rows.at;
   for (int64_t step = 0; step < steps; ++step) {
-    _tile_loadd(4, x, rows.stride);
-    _tile_loadd(6, strips.first, 64);
+    LOAD_TILE(Passing::rows, 4, x, rows.stride);
+    LOAD_TILE(Passing::strips, 6, strips.first, 64);
     MULTIPLY_TILES(0, 4, 6);
-    _tile_loadd(7, strips.second, 64);
+    LOAD_TILE(Passing::strips, 7, strips.second, 64);
     MULTIPLY_TILES(1, 4, 7);
     for (int i = 0; i < ahead; ++i) _mm_prefetch(coming.first + i * 64, _MM_HINT_T1);
     for (int i = 0; i < ahead; ++i) _mm_prefetch(coming.second + i * 64, _MM_HINT_T1);
     if (two) {
-      _tile_loadd(5, x + rows.second, rows.stride);
+      LOAD_TILE(Passing::rows, 5, x + rows.second, rows.stride);
       MULTIPLY_TILES(2, 5, 6);
       MULTIPLY_TILES(3, 5, 7);
     }
@@ -153,7 +165,7 @@ Strips strips_of(const Product& product, int64_t block) {
   return {first, first + (product.gated ? product.n / 2 / kStrip : 1) * product.strip_bytes()};
 }
 
-template <Number number, bool act, bool gated>
+template <Number number, bool act, bool gated, Passing passing>
 void multiply_blocks(const Product& product, int64_t first_row, int64_t last_row, int64_t first, int64_t last, char* scratch) {
   char* const room = scratch + 2 * kSumBytes;
   const int64_t last_begin = first_row + (last_row - first_row - 1) / kBlockRows * kBlockRows;
@@ -173,7 +185,8 @@ void multiply_blocks(const Product& product, int64_t first_row, int64_t last_row
       const int64_t count = row == last_begin ? last_row - row : kBlockRows;
       const Rows rows = row == last_begin && !copies_all ? rest : rows_of(product, row, count, room);
       char* const sums = scratch + turn++ % 2 * kSumBytes;
-      const auto run = rows.two ? multiply_rows<number, act, gated, true> : multiply_rows<number, act, gated, false>;
+      const auto run = rows.two ? multiply_rows<number, act, gated, true, passing>
+                                : multiply_rows<number, act, gated, false, passing>;
       run(rows, strips, product.steps, sums, before, coming, ahead);
       before = {&epilogue, sums, row, count, 0};
       coming = {coming.first + product.steps * ahead * 64, coming.second + product.steps * ahead * 64};
@@ -182,11 +195,17 @@ void multiply_blocks(const Product& product, int64_t first_row, int64_t last_row
   before.store<number, act, gated>(kBlockRows);
 }
 
-template <Number number>
+template <Number number, Passing passing>
 void multiply_number(const Product& product, int64_t first_row, int64_t last_row, int64_t first, int64_t last, char* scratch) {
-  const auto run = product.gated       ? multiply_blocks<number, true, true>
-                   : product.activated ? multiply_blocks<number, true, false>
-                                       : multiply_blocks<number, false, false>;
+  const auto run = product.gated       ? multiply_blocks<number, true, true, passing>
+                   : product.activated ? multiply_blocks<number, true, false, passing>
+                                       : multiply_blocks<number, false, false, passing>;
+  run(product, first_row, last_row, first, last, scratch);
+}
+
+template <Passing passing>
+void multiply_passing(const Product& product, int64_t first_row, int64_t last_row, int64_t first, int64_t last, char* scratch) {
+  const auto run = product.number == Number::bf16 ? multiply_number<Number::bf16, passing> : multiply_number<Number::s8, passing>;
   run(product, first_row, last_row, first, last, scratch);
 }
 
@@ -194,7 +213,7 @@ void multiply_number(const Product& product, int64_t first_row, int64_t last_row
 
 void multiply(const Product& product, int64_t first_row, int64_t last_row, int64_t first, int64_t last, char* scratch) {
   const Tiles tiles{TileConfig()};
-  const auto run = product.number == Number::bf16 ? multiply_number<Number::bf16> : multiply_number<Number::s8>;
+  const auto run = last_row - first_row > kBlockRows ? multiply_passing<Passing::rows> : multiply_passing<Passing::strips>;
   run(product, first_row, last_row, first, last, scratch);
   if (product.streams) _mm_sfence();
 }

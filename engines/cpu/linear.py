@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from engines import extension
-from engines.cpu.compiled import ACTIVATIONS
 from engines.ops import OpSet
 from engines.ops import linear as reference
 from engines.ops.linear import Inputs, LinearWeight
@@ -104,33 +103,6 @@ def linear(x: Inputs, weight: LinearWeight) -> Tensor:
     if x.shape[0] == 0:
         return x.new_empty(0, weight.out_features)
     result: Tensor = torch.ops.mkldnn._linear_pointwise(x, data, weight.bias, "none", [], "")
-    return result
-
-
-def mlp(self: OpSet, x: Inputs, up: LinearWeight, down: LinearWeight, activation: str, gated: bool) -> Tensor:
-    """As the reference. Packed weights: what is between the products stays in the cache."""
-    first, second = up.data, down.data
-    whole_tiles = down.in_features % 16 == 0 or not gated
-    if not (isinstance(first, PackedWeight) and isinstance(second, PackedWeight) and whole_tiles):
-        return reference.mlp(self, x, up, down, activation, gated)
-    if (first.scales is None) != (second.scales is None):
-        return reference.mlp(self, x, up, down, activation, gated)
-    assert isinstance(x, Tensor)
-    result: Tensor = torch.ops.cpu_ops.mlp_packed(
-        x,
-        first.data,
-        up.bias,
-        first.scales,
-        first.input_scale,
-        second.data,
-        down.bias,
-        second.scales,
-        second.input_scale,
-        down.in_features,
-        down.out_features,
-        ACTIVATIONS[activation],
-        gated,
-    )
     return result
 
 

@@ -8,7 +8,7 @@ from types import MethodType
 from torch import Tensor
 
 from engines import extension, ops
-from engines.cpu import attention, linear, memory
+from engines.cpu import attention, block, linear, memory
 
 
 class OpSet(ops.OpSet):
@@ -16,7 +16,8 @@ class OpSet(ops.OpSet):
 
     prepare_linear = linear.prepare_linear
     prepare_quantized = linear.prepare_quantized
-    mlp = linear.mlp
+    prepare_block = block.prepare_block
+    mlp = block.mlp
     linear = staticmethod(linear.linear)
     paged_attention = staticmethod(attention.paged_attention)
     allocate_kv_cache = staticmethod(memory.allocate_kv_cache)

@@ -44,13 +44,17 @@ class Attention:
 
     @property
     def takes(self) -> LinearWeight | None:
-        """As Linear has it, of what `forward` takes."""
+        """As Linear has it, of what `enter` takes."""
         return self.qkv_proj.takes
 
-    def forward(self, x: Inputs, batch: Batch, cache: KVCache | QuantizedKVCache, rotation: Rotation) -> Tensor:
-        """x: [num_tokens, hidden_size]; returns the same shape. Modifies cache."""
-        qkv = self.qkv_proj.forward(x, batch.adapter_ids).split(self.sizes, dim=1)
-        q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in qkv)
+    def enter(self, x: Inputs, adapter_ids: Tensor | None) -> Tensor:
+        """x: [num_tokens, hidden_size]; returns queries, keys and values, end to end."""
+        return self.qkv_proj.forward(x, adapter_ids)
+
+    def attend(self, x: Inputs, batch: Batch, cache: KVCache | QuantizedKVCache, rotation: Rotation) -> Tensor:
+        """x: of `enter`; returns [num_tokens, heads * head_dim]. Modifies x and cache."""
+        assert isinstance(x, Tensor)
+        q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in x.split(self.sizes, dim=1))
         if self.norms:
             q, k = (norm.forward(part) for norm, part in zip(self.norms, (q, k), strict=True))
         assert batch.slot_mapping is not None
@@ -60,7 +64,11 @@ class Attention:
             out = self.ops.quantized_attention(q, cache, batch, *options)
         else:
             out = self.ops.paged_attention(q, cache, batch, *options)
-        return self.group.sum(self.o_proj.forward(out.flatten(1), batch.adapter_ids))
+        return out.flatten(1)
+
+    def leave(self, attended: Tensor, adapter_ids: Tensor | None) -> Tensor:
+        """attended: of `attend`; returns [num_tokens, hidden_size]."""
+        return self.group.sum(self.o_proj.forward(attended, adapter_ids))
 
 
 class EncoderAttention:
@@ -74,7 +82,7 @@ class EncoderAttention:
         self.qkv = Linear(LinearSource(names, size, (size, size, size), bias=True), weights, fmt, ops)
         self.output = Linear(LinearSource((f"{name}.output.dense",), size, (size,), bias=True), weights, fmt, ops)
 
-    def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in self.qkv.forward(x).chunk(3, dim=1))
-        out = self.ops.encoder_attention(q, k, v, batch, self.head_dim**-0.5)
-        return self.output.forward(out.flatten(1))
+    def attend(self, qkv: Tensor, batch: Batch) -> Tensor:
+        """qkv: [num_tokens, 3 * hidden_size]; returns [num_tokens, hidden_size], which `output` takes."""
+        q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in qkv.chunk(3, dim=1))
+        return self.ops.encoder_attention(q, k, v, batch, self.head_dim**-0.5).flatten(1)

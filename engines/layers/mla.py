@@ -78,11 +78,15 @@ class LatentAttention:
 
     @property
     def takes(self) -> LinearWeight | None:
-        """As Linear has it, of what `forward` takes; None where two products do."""
+        """As Linear has it, of what `attend` takes; None where two products do."""
         return self.down_proj.takes if self.q_a_layernorm is not None else None
 
-    def forward(self, x: Inputs, batch: Batch, cache: LatentCache, rotation: Rotation) -> Tensor:
-        """x: [num_tokens, hidden_size]; returns the same shape. Modifies cache."""
+    def enter(self, x: Inputs, adapter_ids: Tensor | None) -> Inputs:
+        """x itself: several products of it follow."""
+        return x
+
+    def attend(self, x: Inputs, batch: Batch, cache: LatentCache, rotation: Rotation) -> Tensor:
+        """x: [num_tokens, hidden_size]; returns [num_tokens, heads * v_head_dim]. Modifies cache."""
         mla = self.mla
         *compressed, cached = self.down_proj.forward(x, batch.adapter_ids).split(self.down_sizes, dim=1)
         if self.q_a_layernorm is not None:
@@ -96,5 +100,8 @@ class LatentAttention:
         self.ops.head_linear(q_nope, self.key_up, absorbed[..., : mla.kv_lora_rank])
         absorbed[..., mla.kv_lora_rank :].copy_(q_rope)
         out = self.ops.latent_attention(absorbed, cache, batch, self.softmax_scale)
-        out = self.ops.head_linear(out, self.value_up).flatten(1)
-        return self.group.sum(self.o_proj.forward(out, batch.adapter_ids))
+        return self.ops.head_linear(out, self.value_up).flatten(1)
+
+    def leave(self, attended: Tensor, adapter_ids: Tensor | None) -> Tensor:
+        """attended: of `attend`; returns [num_tokens, hidden_size]."""
+        return self.group.sum(self.o_proj.forward(attended, adapter_ids))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from engines.ops import OpSet
+from engines.ops.block import NormWeight
 from engines.ops.linear import Inputs, LinearWeight
 from engines.weights import Weights
 
@@ -17,6 +18,9 @@ class RMSNorm:
         self.eps = eps
         self.offset = offset
         self.weight = weights.take(f"{name}.weight", size)
+
+    def of_block(self) -> NormWeight:
+        return NormWeight(self.weight, None, self.eps, self.offset)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ops.rms_norm(x, self.weight, self.eps, self.offset)
@@ -40,6 +44,9 @@ class LayerNorm:
         self.eps = eps
         self.weight = weights.take(f"{name}.weight", size)
         self.bias = weights.take(f"{name}.bias", size)
+
+    def of_block(self) -> NormWeight:
+        return NormWeight(self.weight, self.bias, self.eps)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """The norm of x, or of its sum with the residual."""

@@ -18,6 +18,7 @@ from engines.layers.rotary import RotaryEmbedding, Rotation
 from engines.models.base import Cache
 from engines.models.spec import DecoderSpec, ModelSpec, RopeSpec
 from engines.ops import OpSet
+from engines.ops.block import Block
 from engines.ops.linear import Inputs
 from engines.weights import LinearSource, Weights
 
@@ -29,6 +30,7 @@ class DecoderLayer:
 
     def __init__(self, layer: int, spec: DecoderSpec, weights: Weights, fmt: Format, ops: OpSet) -> None:
         name = f"layers.{layer}"
+        self.ops = ops
         self.attention = make_attention(f"{name}.self_attn", layer, spec, weights, fmt, ops)
         self.mlp = make_mlp(f"{name}.mlp", layer, spec, weights, fmt, ops)
 
@@ -43,37 +45,43 @@ class DecoderLayer:
         else:
             self.after_attention = self.after_mlp = None
             self.before_mlp = norm("post_attention_layernorm")
+        self.alone = weights.group.place.tp == 1 and weights.adapters is None
+        """Whether nothing from elsewhere is added to what the products give."""
+
+    def follow(self, norm: RMSNorm, attention: Attention | LatentAttention | None) -> None:
+        """What comes next: a norm, and the attention that takes its result; None: the head. To be called once."""
+        self.next_norm, self.next_attention = norm, attention
+        self.block = None
+        if self.alone and self.after_attention is None and isinstance(self.mlp, GatedMLP):
+            into = attention.qkv_proj.weight if isinstance(attention, Attention) else None
+            out, up, down = self.attention.o_proj.weight, self.mlp.gate_up_proj.weight, self.mlp.down_proj.weight
+            norms = self.before_mlp.of_block(), norm.of_block()
+            self.block = self.ops.prepare_block(Block(out, norms[0], up, down, self.mlp.act, True, norms[1], into))
 
     def forward(
-        self,
-        x: Tensor,
-        residual: Tensor | None,
-        batch: Batch,
-        cache: Cache,
-        rotation: Rotation,
-        kept: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """(what this layer adds, the residual it is to be added to), for the tokens in `kept` or for all.
+        self, x: Inputs, residual: Tensor, batch: Batch, cache: Cache, rotation: Rotation, kept: Tensor | None = None
+    ) -> tuple[Inputs, Tensor]:
+        """(what the next layer's attention or the head takes, the residual), for the tokens in `kept` or for all.
 
-        x, residual: the same two of the layer before, or the embeddings and None. Both may be overwritten.
+        x: as `enter` of the attention gives it. x and residual may be overwritten.
         """
-        inputs: Inputs
-        if residual is None:
-            inputs, residual = self.before_attention.forward(x), x
-        else:
-            inputs, residual = self.before_attention.add_for(x, residual, self.attention.takes)
-        x = self.attention.forward(inputs, batch, cache, rotation)
-        adapter_ids = batch.adapter_ids
+        attended, adapter_ids = self.attention.attend(x, batch, cache, rotation), batch.adapter_ids
         if kept is not None:
-            x, residual = x[kept], residual[kept]
+            attended, residual = attended[kept], residual[kept]
             adapter_ids = None if adapter_ids is None else adapter_ids[kept]
+        if self.block is not None:
+            return self.block(attended, residual), residual
+        x = self.attention.leave(attended, adapter_ids)
         if self.after_attention is not None:
             x = self.after_attention.forward(x)
         inputs, residual = self.before_mlp.add_for(x, residual, self.mlp.takes)
         x = self.mlp.forward(inputs, adapter_ids)
         if self.after_mlp is not None:
             x = self.after_mlp.forward(x)
-        return x, residual
+        if self.next_attention is None:
+            return self.next_norm.add(x, residual)
+        inputs, residual = self.next_norm.add_for(x, residual, self.next_attention.takes)
+        return self.next_attention.enter(inputs, adapter_ids), residual
 
 
 class Decoder:
@@ -106,21 +114,25 @@ class Decoder:
         self.embed_tokens = TokenEmbedding(spec, weights, ops)
         self.layers = [DecoderLayer(i, spec, weights, fmt, ops) for i in range(spec.num_hidden_layers)]
         self.norm = make_norm("norm", spec, weights, ops)
+        for layer, following in zip(self.layers, self.layers[1:], strict=False):
+            layer.follow(following.before_attention, following.attention)
+        self.layers[-1].follow(self.norm, None)
         self.head = make_head(spec, self.embed_tokens.weight, weights, fmt, ops) if head == "logits" else None
         self.score = None
         if head == "labels":
             self.score = Linear(LinearSource(("score",), spec.hidden_size, (spec.num_labels,)), weights, fmt, ops)
 
     def forward(self, batch: Batch, caches: list[Cache]) -> Tensor:
-        x, residual = self.embed_tokens.forward(batch.token_ids), None
+        residual, first = self.embed_tokens.forward(batch.token_ids), self.layers[0]
+        x = first.attention.enter(first.before_attention.forward(residual), batch.adapter_ids)
         rotation = self.rope.rotation(batch)
         local = rotation if self.rope_local is self.rope else self.rope_local.rotation(batch)
         for i, (layer, cache) in enumerate(zip(self.layers, caches, strict=True)):
             here = local if self.local[i] else rotation
             kept = batch.output_indices if i == len(self.layers) - 1 else None
             x, residual = layer.forward(x, residual, batch, cache, here, kept)
-        assert residual is not None
-        return self.norm.add(x, residual)[0]
+        assert isinstance(x, Tensor)
+        return x
 
     def assist(self) -> Tensor:
         """As `forward` without tokens, [0, hidden_size]: what a step of other copies asks of the experts here."""

@@ -14,6 +14,7 @@ from engines.layers.norm import LayerNorm
 from engines.models.base import Cache
 from engines.models.spec import EncoderSpec, ModelSpec
 from engines.ops import OpSet
+from engines.ops.block import Block
 from engines.weights import LinearSource, Weights
 
 HEADS: dict[str, tuple[str, str]] = {
@@ -27,15 +28,34 @@ class EncoderLayer:
     """Attention and MLP, each followed by the norm of its sum with its input."""
 
     def __init__(self, layer: int, spec: EncoderSpec, weights: Weights, fmt: Format, ops: OpSet) -> None:
+        self.ops = ops
         name, size, eps = f"encoder.layer.{layer}", spec.hidden_size, spec.layer_norm_eps
         self.attention = EncoderAttention(f"{name}.attention", spec, weights, fmt, ops)
         self.after_attention = LayerNorm(f"{name}.attention.output.LayerNorm", size, eps, weights, ops)
         self.mlp = MLP(name, spec, weights, fmt, ops)
         self.after_mlp = LayerNorm(f"{name}.output.LayerNorm", size, eps, weights, ops)
 
-    def forward(self, x: Tensor, batch: Batch) -> Tensor:
-        x = self.after_attention.forward(self.attention.forward(x, batch), x)
-        return self.after_mlp.forward(self.mlp.forward(x), x)
+    def follow(self, attention: EncoderAttention | None) -> None:
+        """What takes the result: the next layer's attention, or nothing. To be called once."""
+        self.next_attention = attention
+        out, up, down = self.attention.output.weight, self.mlp.intermediate.weight, self.mlp.output.weight
+        norms, into = (
+            (self.after_attention.of_block(), self.after_mlp.of_block()),
+            attention.qkv.weight if attention else None,
+        )
+        self.block = self.ops.prepare_block(Block(out, norms[0], up, down, self.mlp.act, False, norms[1], into))
+
+    def forward(self, qkv: Tensor, residual: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(what the next layer attends with, the residual); of the last layer the hidden states and nothing of use.
+
+        qkv: of the residual, which may be overwritten.
+        """
+        attended = self.attention.attend(qkv, batch)
+        if self.block is not None:
+            return self.block(attended, residual), residual
+        x = self.after_attention.forward(self.attention.output.forward(attended), residual)
+        x = self.after_mlp.forward(self.mlp.forward(x), x)
+        return (x if self.next_attention is None else self.next_attention.qkv.forward(x)), x
 
 
 class Encoder:
@@ -54,6 +74,8 @@ class Encoder:
         self.num_kv_heads, self.head_dim = spec.num_attention_heads, spec.head_dim
         self.embeddings = EncoderEmbedding(spec, weights, ops)
         self.layers = [EncoderLayer(i, spec, weights, fmt, ops) for i in range(spec.num_hidden_layers)]
+        for layer, following in zip(self.layers, [*self.layers[1:], None], strict=True):
+            layer.follow(following.attention if following else None)
         self.head: tuple[Linear, Linear] | None = None
         if classifies:
             dense, labels = HEADS[spec.head]
@@ -64,9 +86,10 @@ class Encoder:
 
     def forward(self, batch: Batch, caches: list[Cache]) -> Tensor:
         """caches: not used, may be empty."""
-        x = self.embeddings.forward(batch)
+        residual = self.embeddings.forward(batch)
+        x = self.layers[0].attention.qkv.forward(residual)
         for layer in self.layers:
-            x = layer.forward(x, batch)
+            x, residual = layer.forward(x, residual, batch)
         return x if batch.output_indices is None else x[batch.output_indices]
 
     def logits(self, hidden: Tensor) -> Tensor:

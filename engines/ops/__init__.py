@@ -6,7 +6,7 @@ Shapes, dtypes and rounding are in the docstrings of the references, which are t
 
 from __future__ import annotations
 
-from engines.ops import activation, attention, embedding, kv_cache, linear, lora, moe, norm, rotary, sampling
+from engines.ops import activation, attention, block, embedding, kv_cache, linear, lora, moe, norm, rotary, sampling
 
 
 class OpSet:
@@ -42,6 +42,7 @@ class OpSet:
     add_rms_norm_for = linear.add_rms_norm_for
     act_and_mul_for = linear.act_and_mul_for
     mlp = linear.mlp
+    prepare_block = block.prepare_block
     head_linear = staticmethod(linear.head_linear)
     linear = staticmethod(linear.linear)
     lora = staticmethod(lora.lora)

@@ -10,6 +10,7 @@ from engines import extension
 from engines.cpu.opset import OpSet
 from engines.ops import origin
 from tests.attention_cases import stored
+from tests.blocks import runs
 from tests.cases import call, cases
 
 
@@ -25,6 +26,9 @@ def main() -> None:
                     arguments = (arguments[0], stored(ops, arguments[1]), *arguments[2:])
                 call(ops, case, arguments)
                 count += 1
+    for found, residual, expected, _ in runs(ops):
+        assert torch.equal(found, expected), residual
+        count += 1
     print(count, "calls")
 
 
