@@ -39,6 +39,9 @@ def configuration() -> str:
         "A job is composed of groups, each a folder of YAML files in `conf`. A choice is changed as in `model=minilm`, "
         "a key as in `sampling.temperature=0.7`, on the command line or in a YAML file of your own "
         "(`--config-dir <folder>`, laid out as `conf` is). Keys that a file leaves out have the default below.",
+        "On the command line the grammar is Hydra's; what it cannot read, as `task.prompt='Label: {{ text }}'` or "
+        "`dataset.filter=\"lang == 'en'\"`, is text as it stands. Quotes within quotes are for text with nothing but "
+        "commas: `task.system='\"yes, or no\"'`. A list is in brackets: `sampling.stop=[END]`.",
         "Exit codes:\n\n" + "\n".join(f"- {code}" for line in EXIT_CODES.splitlines() for code in line.split("   ")),
     ]
     for section, (title, keys) in group_keys():

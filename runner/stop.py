@@ -130,6 +130,7 @@ class ErrorLimit:
     def _advice(self) -> str:
         code, count = self._codes.most_common(1)[0]
         return (
-            f"; most of them, {count:,}, with {code}: {self._messages[code]}; finished rows are kept: correct the "
-            "cause and run it again with retry_errors=true, or raise the limit"
+            f"; most of them, {count:,}, with {code}: {self._messages[code]}; finished rows are kept: raise the "
+            "limit to go on (retry_errors=true does the failed rows again), or correct the task, the model or the "
+            "input, which makes it another job (another name)"
         )

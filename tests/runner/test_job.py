@@ -280,7 +280,8 @@ def test_too_many_errors_stop_the_job(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows", [f"!{i}" if i % 3 else "fine" for i in range(2000)])
     engine = FakeEngine(per_step=10, fail=fails_on("!"))
     with pytest.raises(
-        TooManyErrors, match=r"max_error_rate: .* with broken: it broke; .* with retry_errors=true, or raise"
+        TooManyErrors,
+        match=r"max_error_rate: .* with broken: it broke; .* raise the limit to go on \(retry_errors=true",
     ):
         run(make_plan(tmp_path), engine)
     assert engine.num_requests < 500
