@@ -12,7 +12,8 @@
 namespace cuda_ops {
 namespace {
 
-constexpr int kLeastChunks = 8;  // of a split: 512 columns of 16-bit inputs
+// A chunk of 4-bit weights is 4 KiB, of plain ones 16.
+constexpr SplitCosts kSmallChunks{8, 2, 4}, kLargeChunks{8, 1, 2};
 constexpr int kHalfBytes = 2;    // of a result
 
 struct Format {
@@ -115,7 +116,7 @@ void linear(const Tensor& x, std::string weights, const Tensor& codes, const std
   const Place place(x.get_device_index());
   const int64_t tokens = p.num_tokens, row_tiles = p.padded_out / kProductRows;
   const int tile = format.tile(tokens);
-  split_columns(p, row_tiles, kLeastChunks, place);
+  split_columns(p, row_tiles, format.pieces <= 2 ? kSmallChunks : kLargeChunks, place);
   const int64_t most = tokens_of_launch(p, tokens);
   p.num_tokens = static_cast<int>(most);
   const Tensor partial = sums_of_splits(p, row_tiles * ceil_div(most, tile), x, arrived);

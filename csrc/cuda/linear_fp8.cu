@@ -13,7 +13,7 @@
 namespace cuda_ops {
 namespace {
 
-constexpr int kLeastChunks = 4;  // of a split: 512 columns
+constexpr SplitCosts kCosts{4, 1, 2};  // splits of 512 columns or more
 
 // Whether linear_fp8 runs where a tensor is.
 bool has_linear_fp8(const Tensor& like) {
@@ -67,7 +67,7 @@ void linear_fp8(const Tensor& x, const Tensor& codes, const Tensor& scales, cons
   p.x_scales = data<float>(x_scales);
   p.bias = bias ? bias->const_data_ptr() : nullptr;
   p.out = out.mutable_data_ptr();
-  split_columns(p, row_tiles, kLeastChunks, place);
+  split_columns(p, row_tiles, kCosts, place);
   const int64_t most = tokens_of_launch(p, tokens);
   p.num_tokens = static_cast<int>(most);
   const Tensor partial = sums_of_splits(p, row_tiles * ceil_div(most, tile), x, arrived);

@@ -9,13 +9,27 @@
 
 namespace cuda_ops {
 
-// Sets splits and chunks_of_split of a product's parameters: as many as fill the device, of at least `least` of
-// its chunks of columns. They depend on the weight's shape and the device alone.
-template <class Params> void split_columns(Params& p, int64_t row_tiles, int least, const Place& place) {
-  const int64_t chunks = p.num_chunks, most = std::max<int64_t>(1, chunks / least);
-  const int64_t wanted = std::clamp<int64_t>(ceil_div(multiprocessors(place.device), row_tiles), 1, most);
-  p.chunks_of_split = static_cast<int>(ceil_div(chunks, wanted));
-  p.splits = static_cast<int>(ceil_div(chunks, p.chunks_of_split));
+// What splits of a product's columns cost, in chunks of a block of threads.
+struct SplitCosts {
+  int least;     // chunks of a split
+  int resident;  // blocks that a multiprocessor needs to keep its memory busy: fewer take as long
+  int sums;      // what writing the sums of a split takes, and reading them
+};
+
+// Sets splits and chunks_of_split of a product's parameters, so that the multiprocessor with most blocks has least to do.
+// They depend on the weight's shape and the device alone.
+template <class Params> void split_columns(Params& p, int64_t row_tiles, const SplitCosts& costs, const Place& place) {
+  const int64_t chunks = p.num_chunks, count = multiprocessors(place.device);
+  int64_t best = 0;
+  for (int64_t wanted = 1; wanted <= std::max<int64_t>(1, chunks / costs.least); ++wanted) {
+    const int64_t own = ceil_div(chunks, wanted), splits = ceil_div(chunks, own);
+    const int64_t blocks = std::max<int64_t>(ceil_div(row_tiles * splits, count), costs.resident);
+    const int64_t cost = splits > 1 ? blocks * (own + costs.sums) + costs.sums * splits : blocks * own;
+    if (best && cost >= best) continue;
+    best = cost;
+    p.chunks_of_split = static_cast<int>(own);
+    p.splits = static_cast<int>(splits);
+  }
 }
 
 // Tokens of a launch, of `tokens`: all of a product that is not split, else so many that their sums nearly stay in the
