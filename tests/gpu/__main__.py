@@ -1,7 +1,7 @@
 """Checks and times every GPU kernel and the engines: `python -m tests.gpu`, under nine minutes, no network.
 
     python -m tests.gpu --only attention      cases and kernels with this in their name
-    python -m tests.gpu --parts decode        compile, first, check, kernels, decode, requests, sanitizer, devices
+    python -m tests.gpu --parts decode        compile, first, check, families, kernels, decode, requests, ...
     python -m tests.gpu --interpret           Triton's kernels on the processor, small: that the command works
 
 Each part is a process, and so is what may break the device in it; what it has found until then is kept. The ledger,
@@ -35,6 +35,7 @@ MOST_S = {
     "compile": 180.0,
     "first": 60.0,
     "check": 150.0,
+    "families": 120.0,
     "kernels": 100.0,
     "decode": 120.0,
     "requests": 120.0,

@@ -112,6 +112,29 @@ def check(asked: Asked) -> Result:
     return result
 
 
+def families(asked: Asked) -> Result:
+    """Every family of models by an engine, tiny, against the reference."""
+    from tests.gpu import models, workers
+
+    names = [name for name in models.families(asked.backend) if asked.only in name]
+    processes = max(1, min(8, (os.cpu_count() or 2) // 2))
+    result, held, left = Result([f"0 of {len(names)} families hold"]), 0, set(names)
+    given = (asked.backend, asked.device)
+    for name, ran in workers.each(models.runner, given, names, processes, ENGINE_S, asked.deadline):
+        left.remove(name)
+        if isinstance(ran, workers.Lost):
+            result.lines.append(f"  {name}: {ran.why}")
+        else:
+            held += 1
+            result.lines += [f"  {name}: {note}" for note in ran.notes]
+        result.lines[0] = f"{held} of {len(names)} families hold"
+        asked.save(result)
+    if left:
+        result.lines.append(f"  left out, no time: {', '.join(sorted(left))}")
+    result.failed = held < len(names)
+    return result
+
+
 def kernels(asked: Asked) -> Result:
     """Each kernel against the device's limits."""
     from tests.gpu import timing, workers
@@ -224,6 +247,7 @@ PARTS = {
     "compile": compiled,
     "first": first,
     "check": check,
+    "families": families,
     "kernels": kernels,
     "decode": decode,
     "requests": requests,

@@ -11,18 +11,20 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from engines.api import Outcome
 from engines.cuda.opset import OpSet as CudaOps
 from engines.gpu_ledger import FILE as LEDGER
 from engines.parallel.place import Place
 from tests.csrc.cuda import emulated
 from tests.engines.triton.kernels import KERNELS
 from tests.gpu import __main__ as gpu
-from tests.gpu import devices, first, parts
+from tests.gpu import devices, first, models, parts
 from tests.gpu.__main__ import FOLDERS, ROOT, entry, one
 from tests.gpu.first import Copying
 from tests.gpu.timing import SMALL, Kernel, decoder
@@ -96,6 +98,27 @@ def test_what_a_part_has_found_is_kept_when_it_is_ended(tmp_path: Path, monkeypa
     while state.exists() and state.read_text().split()[2] != "Z":
         assert time.time() < deadline, "what the part had started goes on"
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize("family", ("llama", "bert"))
+def test_families_are_compared(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU engine in the place of a GPU's; then one with a wrong token, or a wrong number."""
+    assert models.run(family, tmp_path, "cpu", "cpu").worst <= 1
+    finished = models.finished
+
+    def wrong(*given: Any) -> tuple[list[Outcome], tuple[str, ...]]:
+        outcomes, notes = finished(*given)
+        if outcomes[3].values is None:
+            outcomes[3].token_ids[2] = (outcomes[3].token_ids[2] + 1) % 60
+        else:
+            outcomes[3].values[5] += 0.01 * (len(calls) == 0)
+        calls.append(notes)
+        return outcomes, notes
+
+    calls: list[tuple[str, ...]] = []
+    monkeypatch.setattr(models, "finished", wrong)
+    with pytest.raises(AssertionError):
+        models.run(family, tmp_path, "cpu", "cpu")
 
 
 def test_the_sanitizer_is_run_on_one_case_of_each_op(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

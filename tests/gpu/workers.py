@@ -151,13 +151,14 @@ def unless_lost(device: str, error: Exception) -> str:
 
 def prepared(device: str) -> ExitStack:
     """Makes a process ready for a device; what is given is to be kept while it is used."""
+    import torch
+
     stack = ExitStack()
+    torch.set_num_threads(2)  # others work beside this process
     if device == "cpu":
         from tests.engines.triton.interpreter import repaired
 
         stack.enter_context(repaired())
     else:
-        import torch
-
         torch.cuda.set_device(device)
     return stack

@@ -23,17 +23,17 @@ LENGTHS = (1, 16, 75, 2, 130, 33)
 HEAD_DIM = 16
 
 
-def sized(config: dict[str, Any]) -> dict[str, Any]:
+def sized(config: dict[str, Any], head_dim: int = HEAD_DIM) -> dict[str, Any]:
     """A tiny config with heads of a size that kernels are compiled for."""
     if "kv_lora_rank" in config:
         config = {**config, "kv_lora_rank": 512, "qk_rope_head_dim": 64}
     if "head_dim" in config:
-        return {**config, "head_dim": HEAD_DIM}
-    resized = {**config, "hidden_size": HEAD_DIM * config["num_attention_heads"]}
+        return {**config, "head_dim": head_dim}
+    resized = {**config, "hidden_size": head_dim * config["num_attention_heads"]}
     for key in ("rope_parameters", "rope_scaling"):
         rope = resized.get(key)
         if rope and "short_factor" in rope:  # one for each pair of dimensions that rotate
-            pairs = int(HEAD_DIM * resized.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1))) // 2
+            pairs = int(head_dim * resized.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1))) // 2
             resized[key] = {**rope, **{f"{n}_factor": rope[f"{n}_factor"][:pairs] for n in ("short", "long")}}
     return resized
 
