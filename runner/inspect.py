@@ -18,6 +18,7 @@ from engines.checkpoint import Checkpoint
 from engines.platform import measure
 from runner.chunk import Chunk
 from runner.errors import ConfigError, InputError, RowError
+from runner.progress import duration
 from runner.prompt import load_tokenizer
 from runner.source import Source, open_source
 from runner.source.paths import shown_url
@@ -245,14 +246,6 @@ def _estimate(estimate: Estimate) -> str:
         f"at least {duration(estimate.prefill_s)} for prompts, {duration(total)} with the longest outputs{price}, "
         f"at the full rates of {estimate.device}"
     )
-
-
-def duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.2g} s"
-    if seconds < 3600:
-        return f"{seconds / 60:.1f} min"
-    return f"{seconds / 3600:,.1f} h"
 
 
 def histogram(lengths: Sequence[int]) -> list[str]:

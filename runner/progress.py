@@ -109,7 +109,7 @@ class Progress:
     def start(self) -> None:
         """Rates are counted from here."""
         self._began = self._last_line = time.monotonic()
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():  # None: it was closed by whoever started this
             from rich.console import Console
             from rich.progress import BarColumn, TextColumn
             from rich.progress import Progress as Bar
@@ -207,10 +207,10 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """As "42 s", "3 min 20 s", "5 h 10 min"."""
+    """As "0.25 s", "42 s", "3 min 20 s", "5 h 10 min"."""
     whole = round(seconds)
     if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+        return f"{seconds:.2g} s" if seconds < 10 else f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600:,} h {whole % 3600 // 60} min"

@@ -175,8 +175,3 @@ def test_a_histogram_covers_every_length_once() -> None:
     assert len(lines) <= inspection.NUM_BINS
     assert sum(int(line.split()[3]) for line in lines) == len(lengths)
     assert int(lines[0].split()[0]) == 3 and int(lines[-1].split()[2]) == 900
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.5, "0.5 s"), (90, "1.5 min"), (36_000, "10.0 h"), (1e7, "2,777.8 h")])
-def test_duration(seconds: float, text: str) -> None:
-    assert inspection.duration(seconds) == text

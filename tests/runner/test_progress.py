@@ -19,7 +19,15 @@ STATS = EngineStats(5, 3, 25, 100, 7, 1, 0, 0, 0)
 
 @pytest.mark.parametrize(
     "seconds, text",
-    [(0.04, "0.0 s"), (42.4, "42 s"), (200, "3 min 20 s"), (3599.7, "1 h 0 min"), (18_600, "5 h 10 min")],
+    [
+        (0, "0 s"),
+        (0.00123, "0.0012 s"),
+        (9.96, "10 s"),
+        (42.4, "42 s"),
+        (200, "3 min 20 s"),
+        (3599.7, "1 h 0 min"),
+        (18_600, "5 h 10 min"),
+    ],
 )
 def test_duration(seconds: float, text: str) -> None:
     assert duration(seconds) == text
@@ -44,6 +52,15 @@ def test_lines_and_metrics(tmp_path: Path, capsys: Any, monkeypatch: Any) -> Non
     assert last["rows_per_s"] == 0 and "kv_used_fraction" not in last
 
 
+def test_a_process_without_a_standard_error_runs(tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(sys, "stderr", None)
+    progress = Progress(tmp_path)
+    progress.start()
+    progress.say("a line")
+    progress.close()
+    assert "a line" in (tmp_path / "run.log").read_text()
+
+
 def test_a_bar_on_a_terminal(tmp_path: Path, capsys: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     monkeypatch.setattr(progress_module, "BAR_INTERVAL_S", 0.0)
@@ -63,7 +80,7 @@ def test_summary() -> None:
     text = Summary("outputs/x", True, 1000, 7, 2.0, counts).text()
     assert text.splitlines() == [
         "rows      1,000 committed",
-        "this run  10 rows in 2.0 s, 5 rows/s",
+        "this run  10 rows in 2 s, 5 rows/s",
         "tokens    100 in (20 of them reused), 30 out",
         "errors    7 rows",
         "          3 too_long in this run",
