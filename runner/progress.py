@@ -167,17 +167,17 @@ class Progress:
 
     def _line(self, counts: Counts, num_read: int, stats: EngineStats | None, now: float) -> str:
         seconds = max(now - self._began, 1e-9)
-        parts = [
-            f"{counts.num_rows:,} rows",
+        parts = [f"{counts.num_rows:,} rows"]  # what matters most comes first: a narrow terminal cuts the end
+        if self.total_rows and num_read:
+            left = max(self.total_rows - num_read, 0) * seconds / num_read
+            parts.append(f"{min(num_read / self.total_rows, 1):.0%}, about {duration(left)} left")
+        parts += [
+            f"{counts.num_errors:,} errors",
             f"{counts.num_rows / seconds:,.1f} rows/s",
             f"tokens/s {counts.num_prompt_tokens / seconds:,.0f} in {counts.num_output_tokens / seconds:,.0f} out",
         ]
         if stats is not None and stats.num_blocks:
             parts.append(f"KV {_used(stats):.0%}")
-        if self.total_rows and num_read:
-            left = max(self.total_rows - num_read, 0) * seconds / num_read
-            parts.append(f"{min(num_read / self.total_rows, 1):.0%}, about {duration(left)} left")
-        parts.append(f"{counts.num_errors:,} errors")
         return ", ".join(parts)
 
     def _write_metrics(self, counts: Counts, num_read: int, stats: EngineStats | None, now: float) -> None:

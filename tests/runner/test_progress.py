@@ -40,7 +40,7 @@ def test_lines_and_metrics(tmp_path: Path, capsys: Any, monkeypatch: Any) -> Non
     progress.start()
     counts = Counts(num_rows=20, num_prompt_tokens=400, num_output_tokens=40, errors=Counter(too_long=2))
     progress.update(counts, 20, STATS)
-    line = "20 rows, 1.0 rows/s, tokens/s 20 in 2 out, KV 75%, 20%, about 1 min 20 s left, 2 errors"
+    line = "20 rows, 20%, about 1 min 20 s left, 2 errors, 1.0 rows/s, tokens/s 20 in 2 out, KV 75%"
     assert capsys.readouterr().err == f"shard 3: {line}\n"
     progress.stop(counts, 20, None)
     progress.say("the end, with s3://key:s3cr3t@bucket")
