@@ -229,7 +229,12 @@ class Ledger:
 
     @property
     def finished(self) -> bool:
-        return self.storage.read(SUCCESS_FILE) is not None
+        """The success mark is there, and so are the entries of all its chunks: a person may have removed some."""
+        try:
+            mark = orjson.loads(self.storage.read(SUCCESS_FILE) or b"null")
+            return mark is not None and len(self._parts) >= mark["num_chunks"]
+        except (ValueError, TypeError, KeyError):  # not a mark of this program: another one is made
+            return False
 
     def strays(self) -> list[str]:
         """Parquet files in the parts folder that no entry names."""

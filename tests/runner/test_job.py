@@ -17,6 +17,7 @@ from runner import job as job_module
 from runner.config import ShardConfig
 from runner.errors import ConfigError, EngineError, InputError, InternalError, Interrupted, OutputError, TooManyErrors
 from runner.job import run
+from runner.source import open_source
 from runner.tasks import generate
 from runner.verify import verify
 from tests.fake_engine import FakeEngine, output_ids
@@ -165,6 +166,18 @@ def test_the_folder_of_another_job_is_refused_or_left_alone(tmp_path: Path, rows
         run(make_plan(tmp_path, task=other), FakeEngine())
     second = run(make_plan(tmp_path, task=other, on_change="new"), FakeEngine())
     assert second.folder == f"{first.folder}-2" and (tmp_path / "out" / "job-2" / "plan.json").exists()
+
+
+def test_chunks_whose_entries_a_person_has_removed_are_done_again(tmp_path: Path, rows: Path) -> None:
+    folder = Path(run(make_plan(tmp_path), FakeEngine()).folder)
+    before = read_output(folder)
+    (folder / "parts" / "part-00000002.parquet").unlink()
+    with pytest.raises(OutputError, match=r"is missing; .* or remove ledger/00000002\*\.json to have them done again"):
+        run(make_plan(tmp_path), FakeEngine())
+    (folder / "ledger" / "00000002.json").unlink()
+    assert verify(str(folder), open_source(make_plan(tmp_path).job.dataset)).exit_code == 75
+    again = run(make_plan(tmp_path), FakeEngine())
+    assert again.counts.num_rows == 100 and again.finished and read_output(folder).equals(before)
 
 
 def test_a_finished_job_does_nothing(tmp_path: Path, rows: Path, capsys: Any, monkeypatch: Any) -> None:
