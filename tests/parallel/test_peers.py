@@ -99,6 +99,7 @@ def test_one_rank_that_cannot_is_enough(
 def test_what_a_rank_lacks_by_itself(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     absent = extension.Library(tmp_path / "_cuda_ops.so", "DISABLE_CUDA_ENGINE", "reinstall")
     monkeypatch.setattr(extension, "CUDA", absent)
+    monkeypatch.delenv("DISABLE_CUDA_ENGINE", raising=False)
     assert peers._missing(16, 0) == "there are 16 ranks, more than 8"
     assert peers._missing(2, 0) == "_cuda_ops.so was not built; reinstall"
     absent.path.write_bytes(b"cuda_ops table 1\nsm 80\nend\n")

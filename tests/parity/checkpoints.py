@@ -9,10 +9,16 @@ from typing import Any
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 SCALE = 0.2
 """Standard deviation of random weights: large enough that the best token stands out from the second."""
 TIED_SCALE = 0.02
+
+
+def known(config: dict[str, Any]) -> bool:
+    """Whether the installed transformers reads a config of this type."""
+    return config["model_type"] in CONFIG_MAPPING_NAMES
 
 
 def reference_class(config: dict[str, Any]) -> type:
@@ -24,8 +30,10 @@ def reference_class(config: dict[str, Any]) -> type:
 def reference_config(config: dict[str, Any], folder: Path) -> Any:
     """As transformers reads it from a config.json."""
     folder.mkdir(parents=True, exist_ok=True)
-    if config["model_type"] == "internlm2":
-        config = {**config, "model_type": "llama", "attention_bias": config["bias"], "architectures": None}
+    if config["model_type"] == "internlm2" or not known(config):
+        # InternLM 3 is known from transformers 5.21 on.
+        biases = {"attention_bias": config["bias"], "mlp_bias": config["model_type"] == "internlm3" and config["bias"]}
+        config = {**config, "model_type": "llama", "architectures": None, **biases}
     (folder / "config.json").write_text(json.dumps(config))
     return transformers.AutoConfig.from_pretrained(folder)
 
