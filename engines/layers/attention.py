@@ -33,7 +33,7 @@ class Attention:
         rows = tuple(scaled(held, spec.head_dim) for held in (heads, kv_heads, kv_heads))
         names = (f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj")
         qkv = LinearSource(names, spec.hidden_size, sizes, spec.qkv_bias, groups=spec.num_key_value_heads, rows=rows)
-        self.sizes = [len(held) for held in rows]
+        self.head_counts = [len(heads), len(kv_heads), len(kv_heads)]
         self.qkv_proj = Linear(qkv, weights, fmt, ops, adapts=True)
         out = LinearSource((f"{name}.o_proj",), sizes[0], (spec.hidden_size,), spec.o_bias, columns=rows[0])
         self.o_proj = Linear(out, weights, fmt, ops, adapts=True)
@@ -54,7 +54,7 @@ class Attention:
     def attend(self, x: Inputs, batch: Batch, cache: KVCache | QuantizedKVCache, rotation: Rotation) -> Tensor:
         """x: of `enter`; returns [num_tokens, heads * head_dim]. Modifies x and cache."""
         assert isinstance(x, Tensor)
-        q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in x.split(self.sizes, dim=1))
+        q, k, v = x.unflatten(1, (-1, self.head_dim)).split_with_sizes(self.head_counts, dim=1)
         if self.norms:
             q, k = (norm.forward(part) for norm, part in zip(self.norms, (q, k), strict=True))
         assert batch.slot_mapping is not None
@@ -84,5 +84,5 @@ class EncoderAttention:
 
     def attend(self, qkv: Tensor, batch: Batch) -> Tensor:
         """qkv: [num_tokens, 3 * hidden_size]; returns [num_tokens, hidden_size], which `output` takes."""
-        q, k, v = (part.unflatten(1, (-1, self.head_dim)) for part in qkv.chunk(3, dim=1))
+        q, k, v = qkv.unflatten(1, (3, -1, self.head_dim)).unbind(dim=1)
         return self.ops.encoder_attention(q, k, v, batch, self.head_dim**-0.5).flatten(1)
