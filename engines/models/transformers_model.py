@@ -270,9 +270,18 @@ class TransformersModel:
         return ""
 
     def _check_own_cache(self, path: str) -> None:
-        """Raises UnsupportedModelError for a model that keeps what it remembers inside its modules, or nowhere."""
+        """Raises UnsupportedModelError for a model that keeps what it remembers inside its modules, or nowhere, and for
+        one that does not compute at all."""
         tokens = _probe_batch(self.model.device).token_ids[None, :5]
-        output = self.base(input_ids=tokens, use_cache=True)
+        try:
+            output = self.base(input_ids=tokens, use_cache=True)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # whatever a class makes of a config.json that nobody has checked
+            raise UnsupportedModelError(
+                f"{path}: {type(self.model).__name__} fails on its first tokens: {type(error).__name__}: {error}; "
+                "expected a config.json that its class in transformers can compute with; is it that of the weights?"
+            ) from error
         if not self.cache_argument or getattr(output, self.cache_argument, None) is None:
             raise UnsupportedModelError(
                 f"{path}: {type(self.model).__name__} returns no cache that could be kept for each sequence, and "

@@ -105,6 +105,14 @@ def test_a_config_that_lies(sound: Path, tmp_path: Path, changes: dict[str, Any]
     outcome(folder, sound / "rows")
 
 
+@pytest.mark.parametrize("window", [[1], "llama", 1e308, 1.5, 2**63, -1], ids=str)
+def test_a_window_that_transformers_cannot_compute_with(sound: Path, tmp_path: Path, window: object) -> None:
+    """The kind of rotation makes it another model than the native family; what then fails is the first step."""
+    folder, lies = changed(sound, tmp_path / "model"), {"rope_parameters": {"rope_type": 0}, "sliding_window": window}
+    (folder / "config.json").write_text(json.dumps({**CONFIG, **lies}))
+    assert outcome(folder, sound / "rows") == "UnsupportedModelError"
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "tokenizer_config.json"])
 def test_damaged_files(sound: Path, tmp_path: Path, name: str) -> None:
     """Bits flipped in the parts that are read as structure, bytes taken out, files cut short."""
