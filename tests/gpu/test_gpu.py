@@ -64,7 +64,7 @@ def test_without_a_gpu_it_says_so() -> None:
 @pytest.mark.slow
 def test_engines_are_timed() -> None:
     """Small, on the processor; transformers' continuous batching too."""
-    done = run("--interpret", "--parts", "decode", "requests")
+    done = run("--interpret", "--parts", "decode", "requests", "--seconds", "3000")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "decode step of 8B, batch 2" in done.stdout and "host time of a decode step of 8B" in done.stdout
     assert "6 requests of 8B" in done.stdout and "transformers' continuous batching: " in done.stdout
