@@ -24,6 +24,10 @@ MISSING = "???"
 """How YAML says that a value must be given."""
 
 
+INT64 = range(-(2**63), 2**63)
+"""What an integer may be: everything that takes one, Arrow and JSON among them, has 64 bits for it."""
+
+
 @dataclass(frozen=True)
 class Key:
     """One key of the configuration."""
@@ -103,7 +107,10 @@ def finding(path: str, value: Any, key: Key) -> str:
     choices = key.bounds.get("choices") or _literals(key.hint)
     in_brackets = expected_words(key).startswith("a list") and isinstance(value, (str, int, float))
     otherwise = f"put it in brackets, as in {path}=[{value}]" if in_brackets else "correct it"
-    return f"{path}: {_shown(value)}; expected {expected_words(key)}; {advice(str(value), choices, otherwise)}"
+    expected = expected_words(key)
+    if type(value) is int and value not in INT64:
+        expected = expected.replace("an integer", "an integer of 64 bits", 1)
+    return f"{path}: {_shown(value)}; expected {expected}; {advice(str(value), choices, otherwise)}"
 
 
 def out_of_bounds(config: Any, path: str) -> list[str]:
@@ -132,7 +139,9 @@ def convert(hint: Any, value: Any) -> Any:
     # `cuda: 13.0` and `name=2024` are numbers to YAML, but only text makes sense there.
     if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value)
-    if hint in (int, bool) and type(value) is hint:
+    if hint is bool and type(value) is bool:
+        return value
+    if hint is int and type(value) is int and value in INT64:
         return value
     if origin is typing.Literal and value in inner:
         return value

@@ -143,6 +143,12 @@ MESSAGES = [
     ({"sampling__temperature": float("nan")}, "sampling.temperature: nan; expected a number, at least 0;", ""),
     ({"sampling__temperature": 10**400}, "sampling.temperature: 1000", "expected a number, at least 0;"),
     (
+        {"output__row_group_rows": 2**63},
+        "output.row_group_rows: 9223372036854775808",
+        "an integer of 64 bits, at least 1;",
+    ),
+    ({"output__row_group_rows": 10**400}, "output.row_group_rows: 1000", "expected an integer of 64 bits, at least 1;"),
+    (
         {"sampling__stop": "x"},
         "sampling.stop: 'x'; expected a list of texts; put it in brackets, as in sampling.stop=[x]",
         "",
