@@ -16,7 +16,7 @@ from runner import inspect as inspection
 from runner.config import DatasetConfig, JobConfig, OutputConfig
 from runner.errors import ConfigError, RowError
 from runner.plan import Plan, resolve
-from tests.runner.test_plan import CPU, H200, checkpoint, planning
+from tests.runner.planning import CPU, H200, checkpoint, planning
 
 
 class Words:

@@ -16,7 +16,7 @@ from engines.api import CheckpointError
 from runner.config import ModelConfig
 from runner.errors import EngineError, RunnerError
 from runner.plan import resolve
-from tests.runner.test_plan import CPU, H200, LLAMA, NO_DRIVER, checkpoint, planning
+from tests.runner.planning import CPU, H200, LLAMA, NO_DRIVER, checkpoint, planning
 
 # The truth table
 

@@ -34,7 +34,7 @@ from tests.cases import Case, call, cases, convert, tensors
 from tests.compare import assert_as_exact
 from tests.engines.triton import kernels, standins
 from tests.parity.checkpoints import make_checkpoint
-from tests.runner.test_plan import checkpoint, planning
+from tests.runner.planning import checkpoint, planning
 
 MODULES = {"flash_attn_3": "flash_attn_interface", "flashinfer": "flashinfer"}
 H200 = Host("this", "cuda", compute_capability=(9, 0), triton=True, nvcc=True)
