@@ -1,12 +1,13 @@
-"""The compiled libraries of ops, built by setup.py from csrc/: whether they are there, and loading them."""
+"""The compiled libraries of ops, built by setup.py from csrc/: whether they are there and current, and loading them.
+
+Only `load` imports torch: plans ask the rest.
+"""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from engines import sources
 
@@ -36,16 +37,35 @@ def reason(library: Library = CPU) -> str | None:
     return None
 
 
+def stale(library: Library = CPU) -> str | None:
+    """Why `load` refuses the library: it was built from other sources than those beside it. None if it was not."""
+    folder = library.sources
+    if folder is None or not folder.is_dir():
+        return None
+    expected = sources.digest(folder)
+    _, _, rest = library.path.read_bytes().partition(sources.MARK.encode())
+    found = rest[: len(expected)].decode("ascii", "replace") if rest else "none"
+    if found == expected:
+        return None
+    return (
+        f"{library.path.name}: built from sources with digest {found}; expected {expected}, that of "
+        f"{folder.parent.name}/{folder.name}; run 'python setup.py build_ext --inplace', or set {library.disable}=1 to "
+        "run without it"
+    )
+
+
 def load(library: Library = CPU) -> None:
     """Makes torch.ops.cpu_ops (cuda_ops) callable; does nothing the second time.
 
     Raises OSError when the library is there but does not load, as one that was built against a newer torch, or when it
-    was built from other sources than those beside it.
+    is stale.
     """
+    import torch
+
     if str(library.path) in torch.ops.loaded_libraries:
         return
-    if library.sources is not None and library.sources.is_dir():
-        _check_sources(library.path, library.sources, library.disable)
+    if why := stale(library):
+        raise OSError(why)
     try:
         torch.ops.load_library(library.path)
     except OSError as error:
@@ -53,14 +73,3 @@ def load(library: Library = CPU) -> None:
             f"{library.path.name}: {error}; expected a library built for this torch ({torch.__version__}); "
             f"reinstall the project, or set {library.disable}=1 to run without it"
         ) from error
-
-
-def _check_sources(path: Path, folder: Path, disable: str) -> None:
-    mark, expected = sources.MARK.encode(), sources.digest(folder)
-    _, _, rest = path.read_bytes().partition(mark)
-    found = rest[: len(expected)].decode("ascii", "replace") if rest else "none"
-    if found != expected:
-        raise OSError(
-            f"{path.name}: built from sources with digest {found}; expected {expected}, that of {folder.parent.name}/"
-            f"{folder.name}; run 'python setup.py build_ext --inplace', or set {disable}=1 to run without it"
-        )

@@ -20,10 +20,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from engines import discover
+from engines import discover, extension
 
 GIB = 1 << 30
 CUDA_EXTENSION, CPU_EXTENSION = "cuda", "cpu"
+LIBRARIES = {CPU_EXTENSION: extension.CPU, CUDA_EXTENSION: extension.CUDA}
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,8 @@ class Host:
     """dtypes that the processor multiplies natively."""
     extensions: frozenset[str] = frozenset()
     """Compiled libraries that are installed: cpu, cuda. Assumed to be for a described host."""
+    stale: Mapping[str, str] = field(default_factory=dict)
+    """Those of them that would be refused when they are loaded -> why. None of a described host."""
     triton: bool = False
     """Whether triton can be imported."""
     c_compiler: bool = True
@@ -160,6 +163,7 @@ def probe(price_per_hour: float | None = None) -> Host:
     """This machine."""
     name, dtypes = _processor()
     memory, free = _memory()
+    extensions = installed_extensions()
     host = Host(
         name="this",
         device="cpu",
@@ -171,7 +175,8 @@ def probe(price_per_hour: float | None = None) -> Host:
         cpu_cores=num_cores(),
         cpu_memory_bytes=free,
         cpu_dtypes=dtypes,
-        extensions=installed_extensions(),
+        extensions=extensions,
+        stale={name: why for name in sorted(extensions) if (why := extension.stale(LIBRARIES[name]))},
         triton=importlib.util.find_spec("triton") is not None,
         c_compiler=bool(os.environ.get("CC") or any(map(shutil.which, ("gcc", "clang")))),
         nvcc=bool(os.environ.get("CUDA_HOME") or shutil.which("nvcc")),
@@ -191,19 +196,8 @@ def driver_present(platform: Platform) -> bool:
 
 
 def installed_extensions() -> frozenset[str]:
-    """Compiled libraries that lie in the engines folder, by name; says nothing about whether they load.
-
-    DISABLE_CPU_EXTENSION=1 and DISABLE_CUDA_ENGINE=1 leave them out, as engines.extension does.
-    """
-    folder = Path(__file__).parent
-    patterns = {CPU_EXTENSION: "_cpu_ops*", CUDA_EXTENSION: "_cuda_ops*"}
-    for name, disable in ((CPU_EXTENSION, "DISABLE_CPU_EXTENSION"), (CUDA_EXTENSION, "DISABLE_CUDA_ENGINE")):
-        if os.environ.get(disable, "0") not in ("", "0"):
-            del patterns[name]
-    suffixes = (".so", ".dylib", ".dll", ".pyd")
-    return frozenset(
-        name for name, pattern in patterns.items() if any(f.suffix in suffixes for f in folder.glob(pattern))
-    )
+    """Compiled libraries that are there and not left out (engines.extension.reason), by name."""
+    return frozenset(name for name, library in LIBRARIES.items() if extension.reason(library) is None)
 
 
 def installed_packages() -> dict[str, str]:

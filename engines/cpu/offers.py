@@ -84,6 +84,7 @@ def offers(host: Host) -> Offer:
         engine="cpu",
         ops=OPS,
         dequantized=frozenset(WEIGHTS) - {"w8a8"},
+        blockers=(host.stale[CPU_EXTENSION],) if CPU_EXTENSION in host.stale else (),
         reference=PLAIN_TORCH if built else PLAIN_TORCH | COMPILED,
         notes=() if built else ("compiled CPU library absent: reinstall with a C++20 compiler on PATH",),
     )

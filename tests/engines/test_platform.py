@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
-from engines import platform
+from engines import extension, platform, sources
+from engines.cpu.offers import offers
 from engines.platform import (
     Host,
     accelerator_blockers,
@@ -142,10 +145,30 @@ def test_rates_are_measured_where_unknown_and_only_there() -> None:
 
 
 def test_compiled_libraries_are_found_by_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(platform, "__file__", str(tmp_path / "platform.py"))
+    for library in platform.LIBRARIES.values():
+        monkeypatch.delenv(library.disable, raising=False)
+    there = {name: replace(library, path=tmp_path / library.path.name) for name, library in platform.LIBRARIES.items()}
+    monkeypatch.setattr(platform, "LIBRARIES", there)
     assert platform.installed_extensions() == frozenset()
-    (tmp_path / "_cpu_ops.so").touch()
+    there["cpu"].path.touch()
     assert platform.installed_extensions() == {"cpu"}
+
+
+def test_a_stale_library_is_known_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    csrc = tmp_path / "csrc" / "cpu"
+    csrc.mkdir(parents=True)
+    (csrc / "ops.cpp").write_text("int one;")
+    library = replace(extension.CPU, path=tmp_path / "_cpu_ops.so", sources=csrc)
+    monkeypatch.delenv(library.disable, raising=False)
+    monkeypatch.setattr(platform, "LIBRARIES", {"cpu": library})
+    library.path.write_bytes(f"...{sources.MARK}{sources.digest(csrc)}...".encode())
+    assert probe().stale == {} and not offers(probe()).blockers
+    (csrc / "ops.cpp").write_text("int two;")
+    host = probe()
+    assert re.match(r"_cpu_ops.so: built from sources with digest .*; run 'python setup.py", host.stale["cpu"])
+    assert offers(host).blockers == (host.stale["cpu"],)
+    monkeypatch.setenv(library.disable, "1")
+    assert probe().stale == {} and not offers(probe()).blockers
 
 
 def test_deciding_loads_no_torch() -> None:
