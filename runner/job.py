@@ -257,6 +257,8 @@ class JobRunner:
         self._exhausted = False
         """Whether all chunks have been read."""
         self._leases: Leases | None = None
+        self._is_shared = False
+        """Whether another process was seen at work on this shard."""
         self._stats: EngineStats | None = None
         self._last_sync = time.monotonic()
         window = job.window_rows
@@ -314,6 +316,8 @@ class JobRunner:
 
     def _read_fixed(self) -> Iterator[Piece]:
         """The chunks of this shard, opened one after the other, cut into pieces."""
+        if rivals := self._journal.rivals():
+            self._say_shared(f"process {rivals[0]} of this machine works on it too")
         done = self._ledger.done()
         recovered = self._journal.recover(done, lambda index: is_wanted(self._job, index, done.get(index)))
         for chunk in self._source.chunks():
@@ -455,13 +459,23 @@ class JobRunner:
     def _commit(self, opened: OpenChunk) -> None:
         self._to_journal(opened)  # it writes nothing yet, and has the rows if the part cannot be written
         part = self._sink.write(opened.chunk, opened.table(), opened.num_errors, opened.generation)
-        self._ledger.commit(part)
+        if not self._ledger.commit(part) and self._leases is None:
+            self._say_shared(f"another process has committed chunk {opened.chunk.index} meanwhile")
         self._journal.drop(opened.chunk.index)
         if self._leases is not None:
             self._leases.committed(opened.chunk.index)
         del self._open[opened.chunk.index]
         self._num_held -= opened.batch.num_rows
         self._num_read += opened.chunk.num_rows - opened.batch.num_rows
+
+    def _say_shared(self, found: str) -> None:
+        """Say once that this shard is another process's too."""
+        if not self._is_shared:
+            shard, self._is_shared = self._job.shard, True
+            self._progress.say(
+                f"shard {shard.index} of {shard.count}: {found}; expected one process for a shard, as rows that two "
+                "compute count once and cost twice; end one of them, or start both with shard.sharing=leases"
+            )
 
     def _to_journal(self, opened: OpenChunk) -> None:
         table = opened.flush()

@@ -61,6 +61,7 @@ class Journal:
     def __init__(self, storage: Storage, schema: pa.Schema, worker: str) -> None:
         self._storage = storage
         self._schema = schema.remove_metadata()
+        self._worker = worker
         self.name = f"{worker}-{_process_name()}-{secrets.token_hex(4)}"
         """Of this process, like no other's: begins the names of its files."""
         self._num_files = 0
@@ -77,7 +78,7 @@ class Journal:
 
         Args:
             schema: Of the tables that will be appended: that of a part.
-            worker: Any name for this process, for people who look at the folder.
+            worker: A name for what this process works on: `rivals` finds others of that name.
         """
         return cls(open_storage(folder) if isinstance(folder, str) else folder, schema, worker)
 
@@ -116,6 +117,12 @@ class Journal:
             self._recovered_from[chunk_index] = file_id
             recovered[chunk_index] = _last_of_each_row([frame.table for frame in found if frame.file_id == file_id])
         return recovered
+
+    def rivals(self) -> list[int]:
+        """Processes of this machine that still run and have written a journal for the same worker, by process id."""
+        names = self._storage.list(JOURNAL_FOLDER)
+        written = {_process_id(name) for name in names if name.startswith(f"{self._worker}-")} - {None, os.getpid()}
+        return sorted(pid for pid in written if pid is not None and _is_running(pid))
 
     def recover_chunk(self, chunk: Chunk, writers: Sequence[str]) -> pa.Table | None:
         """Finished rows of one chunk that was never committed, from the journals of these processes, in row order.
@@ -270,12 +277,20 @@ def may_be_alive(name: str) -> bool:
 
     Unknown on another machine: then yes.
     """
-    head, _, tail = name.removesuffix(".journal").partition(f"-{socket.gethostname()}-{_pid_namespace()}-")
+    pid = _process_id(name)
+    return pid is None or _is_running(pid)
+
+
+def _process_id(name: str) -> int | None:
+    """Of the process that has this `Journal.name`, or wrote this journal; None if it was on another machine."""
+    head, _, tail = name.partition(f"-{socket.gethostname()}-{_pid_namespace()}-")
     pid = tail.split("-")[0]
-    if not head or not pid.isdigit():
-        return True
+    return int(pid) if head and pid.isdigit() else None
+
+
+def _is_running(pid: int) -> bool:
     try:
-        os.kill(int(pid), 0)
+        os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -14,6 +16,7 @@ import pytest
 
 from engines.api import ErrorInfo, Outcome, Request, SamplingParams
 from runner import job as job_module
+from runner import journal as journal_module
 from runner.config import ShardConfig
 from runner.errors import ConfigError, EngineError, InputError, InternalError, Interrupted, OutputError, TooManyErrors
 from runner.job import run
@@ -287,6 +290,32 @@ def test_shards_make_one_output(tmp_path: Path, rows: Path) -> None:
     assert read_output(summary.folder).equals(read_output(whole.folder))
     again = FakeEngine()
     assert run(make_plan(tmp_path, shard=ShardConfig(1, 3)), again).finished and again.num_requests == 0
+
+
+def test_two_processes_on_one_shard_are_told_once(tmp_path: Path, rows: Path, capsys: Any) -> None:
+    other = FakeEngine()
+    engine, steps = FakeEngine(per_step=100), iter(range(100))
+    engine.on_step = lambda: run(make_plan(tmp_path), other) if next(steps) == 0 else None
+    summary = run(make_plan(tmp_path), engine)
+    assert engine.num_requests == other.num_requests == len(TEXTS)
+    all_rows_once(summary.folder)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("shard 0 of 1: ")]
+    assert len(said) == 1 and "has committed chunk" in said[0] and "shard.sharing=leases" in said[0]
+
+
+def test_a_process_at_work_on_the_same_shard_is_known_at_the_start(tmp_path: Path, rows: Path, capsys: Any) -> None:
+    """By its journal; not those of other shards, of processes that have ended, or of other machines."""
+    here, alive = journal_module._process_name().rpartition("-")[0], os.getppid()
+    out = tmp_path / "out" / "job"
+    names = {f"shard1-{here}-{alive}": 0, f"shard0-{here}-{2**22 + 1}": 0, f"shard0-elsewhere-1-{alive}": 0}
+    for name, count in {**names, f"shard0-{here}-{alive}": 1}.items():
+        (out / "journal").mkdir(parents=True, exist_ok=True)
+        (out / "journal" / f"{name}-0a0a0a0a-0.journal").touch()
+        run(make_plan(tmp_path, shard=ShardConfig(0, 2)), FakeEngine())
+        said = capsys.readouterr().err
+        assert said.count(f"shard 0 of 2: process {alive} of this machine works on it too; expected one") == count
+        shutil.rmtree(out / "ledger")
+        shutil.rmtree(out / "parts")
 
 
 def test_too_many_errors_stop_the_job(tmp_path: Path) -> None:
