@@ -208,8 +208,8 @@ class EngineSettings:
     """Which code runs the layers: this project's decoder, or the fallback through transformers."""
     numerics: Literal["invariant", "fast"] = "invariant"
     """invariant: a request's result does not depend on what else is in the batch."""
-    quantization: Literal["int8"] | None = None
-    """int8: plain weights are quantized at load (engines/formats/int8.py); None: weights as the checkpoint has them."""
+    quantization: Literal["int8", "w8a16"] | None = None
+    """Plain weights are quantized at load, by engines/formats/<this>.py; None: weights as the checkpoint has them."""
     adapters: Mapping[str, str] = field(default_factory=dict)
     """LoRA adapters by name: local folder of each."""
     tp: int = 1

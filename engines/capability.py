@@ -124,6 +124,14 @@ def _spell(value: Value) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+AT_LOAD: Mapping[str, Mapping[str, Value]] = {
+    "int8": {"weights": "w8a8"},
+    "w8a16": {"weights": "w8a16", "bits": 8, "group_size": -1, "sym": True},
+}
+"""Formats that plain weights can be quantized to while they are loaded -> attributes as quantization_attributes has
+them."""
+
+
 def quantization_attributes(config: Mapping[str, Any] | None) -> dict[str, Value]:
     """The attributes of `linear` that a checkpoint's quantization_config asks for; {} for plain weights.
 

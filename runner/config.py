@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from engines import discover
 from engines.api import EngineConfig, SamplingParams, bounded
+from engines.capability import AT_LOAD
 from runner import parallel, schema
 from runner.errors import ConfigError
 from runner.schema import Key
@@ -36,8 +37,9 @@ class ModelConfig:
     """Hub revision; null: the default branch."""
     dtype: str = bounded("auto", choices=("auto", "float32", "float16", "bfloat16"))
     """Compute dtype; auto: the checkpoint's, where the device can."""
-    quantization: str | None = bounded(None, choices=("int8",))
-    """Quantize plain weights while they are loaded: int8 has 8-bit weights and inputs. null: as the checkpoint is."""
+    quantization: str | None = bounded(None, choices=tuple(AT_LOAD))
+    """Quantize plain weights while they are loaded: int8 has 8-bit weights and inputs; w8a16 8-bit weights and inputs
+    in the compute dtype, and is nearer to the checkpoint. null: as the checkpoint is."""
     max_model_len: int | None = bounded(None, ge=1)
     """Longest prompt + output in tokens; null: what the checkpoint allows."""
     adapters: dict[str, str] = field(default_factory=dict)

@@ -77,7 +77,10 @@ def memory_of(
     quantization: str | None = None,
 ) -> Memory:
     """What one device of the host would hold, or its CPU, which stands for all devices of the layout; spec None: a
-    model whose cache is not known."""
+    model whose cache is not known.
+
+    dequantized: as weight_bytes. quantization: what plain weights become at load.
+    """
     if on_cpu:
         device = host.cpu_name or "the CPU"
         total = host.memory_bytes if host.device == "cpu" else host.cpu_memory_bytes
@@ -89,7 +92,7 @@ def memory_of(
     weights = weight_bytes(checkpoint, spec, dtype, dequantized)
     if spec is not None and held is not None:
         weights = weights * costs.num_parameters(held) // costs.num_parameters(spec)
-        if quantization == "int8":
+        if quantization is not None and not dequantized:  # to 8 bits, whichever it is
             weights -= costs.held_matrix_parameters(held) * (costs.DTYPE_BYTES[dtype] - 1)
     per_token = costs.kv_bytes_per_token(held, dtype, config.kv_dtype) if held else 0
     tokens = max(config.max_num_batched_tokens, config.max_num_seqs)

@@ -23,7 +23,7 @@ from engines.api import (
     Requirement,
     UnsupportedModelError,
 )
-from engines.capability import Offer, difference, quantization_attributes, reference_ops
+from engines.capability import AT_LOAD, Offer, difference, quantization_attributes, reference_ops
 from engines.checkpoint import Checkpoint, open_checkpoint
 from engines.models.spec import EncoderSpec, ModelSpec, requirements
 from engines.parallel.place import in_the_way
@@ -197,7 +197,7 @@ def resolve(job: JobConfig, checkpoint: Checkpoint, host: Host, kind: Kind, thro
         eos_token_ids=checkpoint.eos_token_ids,
         implementation="native" if spec else "transformers",
         numerics="fast" if job.numerics == "fast" else "invariant",
-        quantization="int8" if job.model.quantization == "int8" else None,
+        quantization=job.model.quantization,  # type: ignore[arg-type]
         adapters=job.model.adapters,
         libraries=_libraries(chosen.engine, job, config, checkpoint, spec, chosen.dtype, kind, host).ops,
         tp=job.parallelism.tp,
@@ -479,7 +479,7 @@ def _offer(engine: str, host: Host) -> Offer:
 def quantization_of(job: JobConfig, checkpoint: Checkpoint) -> dict[str, int | str | bool]:
     """What is asked of the op `linear`, by the checkpoint or by model.quantization; {} for plain weights."""
     if job.model.quantization is not None:
-        return {"quantization": job.model.quantization, "weights": "w8a8"}
+        return {"quantization": job.model.quantization, **AT_LOAD[job.model.quantization]}
     return quantization_attributes(checkpoint.quantization)
 
 

@@ -49,6 +49,7 @@ INTERPRETED = ("triton",)
 FORMAT_EVIDENCE = {
     "dense": "tests/parity/test_logits.py",
     **dict.fromkeys(("awq", "compressed_tensors", "fp8", "gptq", "mxfp4"), "tests/engines/formats/test_formats.py"),
+    **dict.fromkeys(("int8", "w8a16"), "tests/engines/formats/test_at_load.py"),
 }
 """On the CPU engine; what other engines take of them is in their offers."""
 DEVICE_EVIDENCE = {

@@ -441,6 +441,7 @@ def quantized_weights(out: int, size: int) -> dict[str, QuantizedWeight]:
         "w4 one group": grouped(4, size),
         "w4 act-order": grouped(4, 32, torch.randperm(size, generator=generator)),
         "w8 g32": grouped(8, 32),
+        "w8 rows": replace(grouped(8, size), zeros=torch.full((out, 1), 128, dtype=torch.int16)),
         "int8": Int8Weight(eight, scales(out)),
         "int8 static": Int8Weight(eight, scales(out), torch.tensor(0.03)),
         "fp8 rows": Float8Weight(floats, scales(out, 1), (1, size)),

@@ -22,7 +22,7 @@ WEIGHTS = ("w2a16", "w4a16", "w8a16", "w8a8", "fp8", "mxfp4")
 FORMATS = ("gptq", "gptq_v2", "pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 QUANTIZED: dict[str, Allowed] = {
     "dtype": DTYPES,
-    "quantization": one_of("awq", "gptq", "fp8", "compressed-tensors", "mxfp4", "int8"),
+    "quantization": one_of("awq", "gptq", "fp8", "compressed-tensors", "mxfp4", "int8", "w8a16"),
     "weights": one_of(*WEIGHTS),
     "bits": one_of(2, 4, 8),
     "group_size": Allowed(values=(-1,), ge=1),

@@ -42,7 +42,7 @@ class GroupedIntWeight:
         """[out_features, in_features]; product in float32 (float64 for float64 scales), rounded once."""
         zeros, columns, size = self.zeros.to(self.scales.dtype), self.codes.shape[1], self.group_size
         weight = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
-        for rows in _in_cache(self.shape):
+        for rows in in_cache(self.shape):
             if columns % size == 0:
                 grouped = self.codes[rows].unflatten(1, (-1, size)).to(self.scales.dtype)
                 weight[rows] = grouped.sub_(zeros[rows, :, None]).mul_(self.scales[rows, :, None]).flatten(1)
@@ -112,7 +112,7 @@ class Float8Weight:
         columns, tile = self.data.shape[1], self.tile[1]
         scales = self.by_row().scales
         weight = torch.empty(self.shape, dtype=dtype, device=self.data.device)
-        for rows in _in_cache(self.shape):
+        for rows in in_cache(self.shape):
             wide = self.data[rows].to(scales.dtype)
             if columns % tile == 0:
                 weight[rows] = wide.unflatten(1, (-1, tile)).mul_(scales[rows, :, None]).flatten(1)
@@ -157,7 +157,7 @@ class MXFP4Weight:
         pairs = torch.stack((single.repeat(16), single.repeat_interleave(16)), 1)  # by byte: its two columns
         powers = torch.ldexp(torch.ones_like(self.exponents, dtype=torch.float32), self.exponents.int() - 127)
         weight = torch.empty(self.shape, dtype=dtype, device=self.codes.device)
-        for rows in _in_cache(self.shape):
+        for rows in in_cache(self.shape):
             values = pairs.index_select(0, self.codes[rows].flatten().int())
             weight[rows] = values.view(-1, powers.shape[1], 32).mul_(powers[rows, :, None]).flatten(1)
         return weight
@@ -166,7 +166,7 @@ class MXFP4Weight:
         return MXFP4Weight(self.codes[index], self.exponents[index])
 
 
-def _in_cache(shape: torch.Size) -> Iterator[slice]:
+def in_cache(shape: torch.Size) -> Iterator[slice]:
     """Rows of a weight, so many at a time that their float32 form stays in the processor's cache."""
     step = max(1, (1 << 18) // max(1, shape[1]))
     for first in range(0, shape[0], step):

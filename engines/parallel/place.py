@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
+from engines.capability import AT_LOAD
 from engines.models.spec import DecoderSpec, ModelSpec
 
 
@@ -194,7 +195,12 @@ def _value_dim(spec: DecoderSpec) -> int:
 
 
 def feature_unit(said: Mapping[str, int | str | bool]) -> int:
-    """Neighbouring features that no two ranks can share: those of one scale, of one packed word."""
+    """Neighbouring features that no two ranks can share: those of one scale, of one packed word.
+
+    Plain weights that each rank quantizes while it loads its own have neither in common.
+    """
+    if said.get("quantization") in AT_LOAD:
+        return 1
     unit, size = 8, said.get("group_size")  # 8: codes in a 32-bit word
     if isinstance(size, int) and size > 0:
         unit = math.lcm(unit, size)

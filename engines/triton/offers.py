@@ -31,7 +31,7 @@ LATENT_75 = {**LATENT, "kv_lora_rank": Allowed(ge=1, le=256)}
 """On sm 7.5 a block has 64 KiB of shared memory, and 512 + 64 numbers of 16 keys take 68."""
 QUANTIZED: dict[str, Allowed] = {
     "dtype": DTYPES,
-    "quantization": one_of("awq", "gptq", "fp8", "compressed-tensors", "mxfp4", "int8"),
+    "quantization": one_of("awq", "gptq", "fp8", "compressed-tensors", "mxfp4", "int8", "w8a16"),
     "weights": one_of("w2a16", "w4a16", "w8a16", "w8a8", "fp8", "mxfp4"),
     "bits": one_of(2, 4, 8),
     "group_size": Allowed(values=(-1,), ge=1),

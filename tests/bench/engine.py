@@ -22,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model")
     parser.add_argument("workload")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--quantization", choices=("int8",))
+    parser.add_argument("--quantization", choices=("int8", "w8a16"))
     parser.add_argument("--repeat", type=int, default=1)
     parser.add_argument("--limit", type=int, help="only the first requests")
     parser.add_argument("--floor", action="store_true", help="print the least time at this machine's limits")

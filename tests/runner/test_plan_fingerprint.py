@@ -54,6 +54,7 @@ MATTERS = {
     "sampling": ({"sampling": SamplingParams(temperature=0.5, stop=("a",))}, {"sampling.temperature", "sampling.stop"}),
     "sampling columns": ({"sampling_columns": {"top_k": "k"}}, {"sampling_columns"}),
     "dtype": ({"model": ModelConfig("x", dtype="float32")}, {"dtype"}),
+    "quantization": ({"model": ModelConfig("x", quantization="w8a16")}, {"model.quantization"}),
     "length": ({"model": ModelConfig("x", max_model_len=9)}, {"max_model_len"}),
     "adapters": (
         {"model": ModelConfig("x", adapters={"a": "folder"}, adapter="a", adapter_column="c")},

@@ -139,6 +139,26 @@ def test_a_plan_says_what_each_device_holds() -> None:
     assert few in missed(resolve(wide, checkpoint(), H200, "generate"), "triton")
 
 
+def test_weights_of_8_bits_with_inputs_in_the_compute_dtype_are_planned_for() -> None:
+    """backend=auto goes past an engine that would dequantize them for nothing, and counts memory as it is held."""
+    model = replace(job().model, quantization="w8a16")
+    plan = resolve(planning(H200, model=model), checkpoint(), H200, "generate")
+    assert plan.settings.backend == "triton" and plan.settings.quantization == "w8a16"
+    assert any(text.startswith("linear quantization=w8a16: cuda offers awq,") for text in missed(plan, "cuda"))
+    int8 = planning(H200, model=replace(model, quantization="int8"))
+    eight = resolve(int8, checkpoint(), H200, "generate")
+    assert plan.memory[0].weight_bytes == eight.memory[0].weight_bytes
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 128}
+    with pytest.raises(ConfigError, match=r"model\.quantization: w8a16, and .* quantized already \(awq\)"):
+        resolve(job(model=model), checkpoint(quantization_config=awq), CPU, "generate")
+    here, plain = (resolve(job(model=m), checkpoint(), CPU, "generate") for m in (model, job().model))
+    text = "w8a16: weights are dequantized to bfloat16 at load and take the memory of that"
+    assert text in next(verdict for verdict in here.verdicts if verdict.engine == "cpu").notes
+    assert here.memory[0].weight_bytes == plain.memory[0].weight_bytes
+    halved = planning(replace(H200, num_devices=2), model=model, parallelism=ParallelismConfig(tp=2))
+    assert resolve(halved, checkpoint(), replace(H200, num_devices=2), "generate").settings.tp == 2
+
+
 def test_copies_of_the_model_on_one_processor_take_memory_each() -> None:
     one, two = (resolve(job(parallelism=ParallelismConfig(dp=dp)), checkpoint(), CPU, "generate") for dp in (1, 2))
     assert two.memory[0].weight_bytes == 2 * one.memory[0].weight_bytes

@@ -94,7 +94,7 @@ def check_sentences(
     method = (QUANTIZATIONS[quantization] or {}).get("quant_method", "unknown")
     op = "transformers_model" if architecture.startswith("GPT2") else "linear"
     of_cpu = backend != "cuda"
-    offered = "unquantized weights only" if op != "linear" else "awq, gptq, fp8, compressed-tensors, mxfp4, int8"
+    offered = "unquantized weights only" if op != "linear" else "awq, gptq, fp8, compressed-tensors, mxfp4, int8, w8a16"
     quantized = f"{op} quantization={method}: cpu offers {offered}"
     unread = quantization != "none" if op != "linear" else quantization == "nameless"
     assert (quantized in text) == (of_cpu and unread)

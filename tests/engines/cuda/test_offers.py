@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engines.api import Kind
-from engines.capability import difference, quantization_attributes
+from engines.capability import AT_LOAD, difference, quantization_attributes
 from engines.cuda import offers, table
 from engines.models.spec import DecoderSpec, EncoderSpec, MoESpec, RopeSpec, requirements
 from engines.platform import Host
@@ -117,6 +117,13 @@ def test_weights_that_the_kernel_takes_are_offered(config: dict[str, Any], misse
     assert len(found) == len(missed)
     assert all(text.startswith(begin) for text, begin in zip(found, missed, strict=True))
     assert not {"w4a16", "w8a8", "fp8", "mxfp4"} & offers.offers(H200_DESCRIBED).dequantized
+
+
+def test_inputs_of_16_bits_with_weights_of_8_are_not_offered() -> None:
+    """They would be turned into 16 bits at load: less exact, and nothing saved."""
+    asked = {"quantization": "w8a16", **AT_LOAD["w8a16"]}
+    found = difference(requirements(LLAMA, "bfloat16", "generate", asked), offers.offers(H200_DESCRIBED))
+    assert found == ["linear quantization=w8a16: cuda offers awq, gptq, compressed-tensors, fp8, mxfp4, int8"]
 
 
 MOE = replace(LLAMA, moe=MoESpec(8, 2, 64))

@@ -56,7 +56,7 @@ def test_model_is_that_of_the_weights_that_are_meant(variant: Variant, tmp_path:
 
 def test_every_format_is_tested() -> None:
     methods = {variant.config["quant_method"].replace("-", "_") for variant in VARIANTS}
-    assert methods | {"dense", "mxfp4", "int8"} == set(discover.names("engines.formats"))
+    assert methods | {"dense", "mxfp4", "int8", "w8a16"} == set(discover.names("engines.formats"))
 
 
 @pytest.mark.parametrize("variant", VARIANTS, ids=str)

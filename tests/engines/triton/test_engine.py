@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from engines import discover
 from engines.api import EngineConfig, EngineSettings, Outcome, Request, SamplingParams
+from engines.capability import AT_LOAD
 from engines.formats import mxfp4
 from engines.load import load_engine
 from engines.models.spec import DecoderSpec
@@ -149,10 +150,13 @@ def test_gpt_oss_in_mxfp4_gives_the_tokens_of_the_cpu_engine(ops: OpSet, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("quantization", AT_LOAD)
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
-def test_quantization_at_load_gives_the_tokens_of_the_cpu_engine(ops: OpSet, family: str, tmp_path: Path) -> None:
+def test_quantization_at_load_gives_the_tokens_of_the_cpu_engine(
+    ops: OpSet, family: str, quantization: str, tmp_path: Path
+) -> None:
     make_checkpoint(FAMILIES[family].tiny_config(), tmp_path)
-    assert_same_tokens(tmp_path, "int8")
+    assert_same_tokens(tmp_path, quantization)
 
 
 @pytest.mark.parametrize("kv_dtype", ["int4", *(pytest.param(d, marks=pytest.mark.slow) for d in ("int8", "fp8"))])

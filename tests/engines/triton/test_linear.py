@@ -71,6 +71,7 @@ PRODUCTS = (
     Product(20, 576, 200, 48, BF16),
     Product(1, 900, 10, 64, F32),
     Product(5, 520, 16, 20, F16, bits=8),
+    Product(3, 1100, 40, 1100, BF16, bits=8, scales=F32, symmetric=True),
     Product(70, 256, 140, 128, BF16, permuted=True),
     Product(0, 128, 128, 128),
 )

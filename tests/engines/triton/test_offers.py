@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from engines import discover
-from engines.capability import YES, Allowed, difference, one_of, quantization_attributes
+from engines.capability import AT_LOAD, YES, Allowed, difference, one_of, quantization_attributes
 from engines.cpu import offers as cpu
 from engines.cuda import offers as cuda
 from engines.models.spec import DecoderSpec, EncoderSpec, RopeSpec, requirements
@@ -85,6 +85,14 @@ CONFIGS: tuple[dict[str, Any], ...] = (
     {"quant_method": "fp8", "activation_scheme": "static"},
     {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]},
 )
+
+
+@pytest.mark.parametrize("name", AT_LOAD)
+def test_every_quantization_at_load_is_offered(name: str) -> None:
+    module = discover.families()["qwen3_moe"]
+    asked = {"quantization": name, **AT_LOAD[name]}
+    needed = requirements(module.spec(module.tiny_config()), "bfloat16", "generate", asked)
+    assert difference(needed, offers.offers(H200)) == []
 
 
 @pytest.mark.parametrize(

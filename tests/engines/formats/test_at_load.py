@@ -1,4 +1,4 @@
-"""model.quantization=int8: plain checkpoints as 8-bit integers, on the reference and as the CPU engine packs them."""
+"""model.quantization: plain checkpoints as 8-bit integers, on the reference and as the CPU engine packs them."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ import pytest
 import torch
 
 from engines import discover, extension
-from engines.api import EngineSettings, Request, SamplingParams
-from engines.cpu.linear import PackedInt8, PackedWeight, PanelWeight
+from engines.api import EngineSettings, Request
+from engines.capability import AT_LOAD
+from engines.cpu.linear import PackedInt8, PackedWeight
 from engines.cpu.offers import Config
 from engines.cpu.opset import OpSet as CpuOpSet
-from engines.formats import int8
+from engines.formats import int8, w8a16
 from engines.load import load_engine
+from engines.models.load import load_model
 from engines.ops import OpSet
-from engines.ops.quantized import Int8Weight
+from engines.ops.linear import LinearWeight
+from engines.ops.quantized import QuantizedWeight
 from tests.parity.checkpoints import make_checkpoint
+from tests.parity.ragged import settings as plain_settings
 
 COMPILED = extension.reason() is None
 
@@ -28,6 +32,18 @@ def test_the_largest_magnitude_of_a_row_is_127_and_the_error_half_a_step() -> No
     made = int8.quantize(weight)
     assert made.data.abs().amax(1).tolist() == [127, 127, 127, 0, 127, 127, 127]
     assert bool(((made.dequantize(torch.float32) - weight).abs() <= made.scales[:, None] * 0.5001).all())
+
+
+def test_the_same_numbers_whatever_the_inputs_are() -> None:
+    weight = torch.randn(33, 70).T  # as experts that lie in one tensor are
+    made, expected = w8a16.quantize(weight), int8.quantize(weight)
+    assert (made.bits, made.group_size, made.scales.shape, made.zeros.unique().tolist()) == (8, 33, (70, 1), [128])
+    assert made.codes.amin(1).clamp(max=2).ge(1).all() and made.codes.is_contiguous()
+    assert torch.equal(made.dequantize(torch.float32), expected.dequantize(torch.float32))
+
+
+def test_what_can_be_planned_for_can_be_read() -> None:
+    assert set(AT_LOAD) <= set(discover.names("engines.formats"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -74,8 +90,9 @@ def test_a_token_that_is_no_number_spoils_no_other() -> None:
     assert bool(found[2].isnan().all()) and torch.equal(found[[0, 1, 3]], sound[[0, 1, 3]])
 
 
+@pytest.mark.parametrize("quantization", AT_LOAD)
 @pytest.mark.parametrize(("family", "share"), [("llama", 0.1), ("qwen3", 0.1), ("qwen2_moe", 0.4), ("gpt_oss", 0.4)])
-def test_scores_of_a_model_stay_near(tmp_path: Path, family: str, share: float) -> None:
+def test_scores_of_a_model_stay_near(tmp_path: Path, family: str, share: float, quantization: str) -> None:
     """Random routers choose other experts for inputs that are a little off."""
     make_checkpoint(discover.families()[family].tiny_config(), tmp_path)
     settings = EngineSettings("cpu", str(tmp_path), "float32", Config(kv_cache_bytes=1 << 20, num_threads=1))
@@ -91,17 +108,37 @@ def test_scores_of_a_model_stay_near(tmp_path: Path, family: str, share: float) 
                 found[outcome.request_id] = outcome.values
         return torch.tensor([value for i in sorted(found) for value in found[i]])
 
-    plain, quantized = score(None), score("int8")
+    plain, quantized = score(None), score(quantization)
     assert not torch.equal(plain, quantized), "nothing was quantized"
     assert float((plain - quantized).abs().mean()) < share * float(plain.abs().mean())
 
 
-def test_heads_stay_plain(tmp_path: Path) -> None:
-    make_checkpoint({**discover.families()["llama"].tiny_config(), "tie_word_embeddings": False}, tmp_path)
-    config = Config(kv_cache_bytes=1 << 20, num_threads=1)
-    engine = load_engine(EngineSettings("cpu", str(tmp_path), "float32", config, quantization="int8"))
-    model = engine.model
-    kinds = {type(model.head.weight.data), type(model.layers[0].mlp.down_proj.weight.data)}  # type: ignore[attr-defined]
-    assert kinds == ({PanelWeight, PackedInt8} if COMPILED else {torch.Tensor, Int8Weight})
-    engine.submit([Request(0, "generate", [1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True))])
-    engine.step()
+class Recorded(OpSet):
+    """Sizes of what it prepares."""
+
+    def __init__(self) -> None:
+        self.plain: list[tuple[int, ...]] = []
+        self.quantized: list[tuple[int, ...]] = []
+
+    def prepare_linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> LinearWeight:
+        self.plain.append(tuple(weight.shape))
+        return super().prepare_linear(weight, bias)
+
+    def prepare_quantized(self, weight: QuantizedWeight, bias: torch.Tensor | None, dtype: torch.dtype) -> LinearWeight:
+        self.quantized.append(tuple(weight.shape))
+        return LinearWeight(weight, bias, weight.shape[1], weight.shape[0])
+
+
+@pytest.mark.parametrize("quantization", AT_LOAD)
+@pytest.mark.parametrize("family", ["llama", "qwen2_moe", "deepseek_v3"])
+def test_heads_routers_and_what_is_absorbed_stay_plain(tmp_path: Path, family: str, quantization: str) -> None:
+    config = {**discover.families()[family].tiny_config(), "tie_word_embeddings": False}
+    make_checkpoint(config, tmp_path)
+    before, after = Recorded(), Recorded()
+    asked = plain_settings(tmp_path)
+    load_model(asked, before)
+    load_model(replace(asked, quantization=quantization), after)  # type: ignore[arg-type]
+    assert not before.quantized and sorted(before.plain) == sorted(after.plain + after.quantized)
+    experts = config.get("n_routed_experts", config.get("num_experts"))
+    assert {size[0] for size in after.plain} <= {config["vocab_size"], experts, 1}, "more than heads and routers"
+    assert (config["vocab_size"], config["hidden_size"]) in after.plain
