@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from engines import costs
@@ -20,6 +20,7 @@ from runner.chunk import Chunk
 from runner.errors import ConfigError, InputError, RowError
 from runner.progress import duration
 from runner.prompt import load_tokenizer
+from runner.sink import unwritable
 from runner.source import Source, open_source
 from runner.source.paths import shown_url
 from runner.tasks import Task, build_task
@@ -78,7 +79,7 @@ class Inspection:
     """Of the whole job, estimated."""
     max_output_tokens: int = 0
     """Of the whole job, if every output is as long as it may be."""
-    estimates: tuple[Estimate, ...] = field(default=())
+    estimates: tuple[Estimate, ...] = ()
 
     @property
     def typical_tokens(self) -> float:
@@ -157,8 +158,8 @@ def inspect(plan: Plan, checkpoint: Checkpoint) -> Inspection:
 
 
 def check_columns(job: JobConfig, task: Task, source: Source) -> None:
-    """Raises ConfigError naming every column that the configuration uses and the input has not, InputError where the
-    input has none at all."""
+    """Raises ConfigError naming every column that the configuration uses and the input has not or the output cannot
+    hold, InputError where the input has none at all."""
     wanted = dict.fromkeys(task.columns, f"task {job.task.name}")
     wanted |= {column: f"sampling.columns.{key}" for key, column in job.sampling_columns.items()}
     wanted |= dict.fromkeys(job.output.keep_columns or [], "output.keep_columns")
@@ -178,6 +179,13 @@ def check_columns(job: JobConfig, task: Task, source: Source) -> None:
             hint = f"did you mean {near[0]!r}?" if near else "correct the name"
             columns = ", ".join(source.schema.names)
             findings.append(f"{key}: column {column!r} is not in the dataset; expected one of {columns}; {hint}")
+    kept = source.schema.names if job.output.keep_columns is None else job.output.keep_columns
+    for field in (source.schema.field(name) for name in kept if name in source.schema.names):
+        if why := unwritable(field.type):
+            findings.append(
+                f"output.keep_columns: column {field.name!r} is {field.type}, which Parquet cannot hold ({why}); "
+                "expected other columns; name those to keep"
+            )
     if findings:
         raise ConfigError("\n".join(findings))
 

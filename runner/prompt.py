@@ -21,7 +21,16 @@ from tokenizers import Encoding
 from tokenizers import Tokenizer as FastTokenizer
 
 from engines.checkpoint import MAX_JSON_BYTES, inside
-from runner.errors import BAD_MESSAGES, NULL_INPUT, TEMPLATE_ERROR, TOO_LONG, ConfigError, InputError, RowError
+from runner.errors import (
+    BAD_MESSAGES,
+    NULL_INPUT,
+    TEMPLATE_ERROR,
+    TOO_LONG,
+    UNREADABLE_ROW,
+    ConfigError,
+    InputError,
+    RowError,
+)
 from runner.sandbox import Sandbox
 
 MAX_PROMPT_CHARS = 10_000_000
@@ -51,7 +60,7 @@ class Template:
 
     def render(self, batch: pa.RecordBatch, shield: Callable[[Any], Any] | None = None) -> list[str | RowError]:
         """The text of each row. shield: is applied to every value first."""
-        columns = [batch.column(name).to_pylist() for name in self.columns]
+        columns = [values_of(batch.column(name), name) for name in self.columns]
         if shield is not None:
             columns = [[shield(value) for value in column] for column in columns]
         if self._parts is not None and all(_is_text(batch.schema.field(n).type) for n in self.columns):
@@ -73,6 +82,9 @@ class Template:
         return rows
 
     def _render_row(self, row: Mapping[str, Any]) -> str | RowError:
+        for value in row.values():
+            if isinstance(value, RowError):
+                return value
         self._environment.start()
         try:
             return "".join(_limited(self._template.generate(row, row=row), self._key))
@@ -88,6 +100,26 @@ class Template:
         return RowError(
             NULL_INPUT,
             f"{self._key}: {names}: null; expected a value; filter such rows, or give the template a default",
+        )
+
+
+def values_of(column: pa.Array, name: str) -> list[Any]:
+    """A column as Python has it; a RowError for each value that Python cannot hold, as a date in the year 5,000,000."""
+    try:
+        return column.to_pylist()
+    except (pa.ArrowException, ValueError, OverflowError):
+        return [_value(scalar, name) for scalar in column]
+
+
+def _value(scalar: pa.Scalar, name: str) -> Any:
+    try:
+        return scalar.as_py()
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        said = (str(error).splitlines() or [""])[0][:200]
+        return RowError(
+            UNREADABLE_ROW,
+            f"column {name}: {scalar.type} of no Python value ({said}); expected one within the ranges of Python's "
+            "datetime; correct it, or filter such rows",
         )
 
 

@@ -82,6 +82,15 @@ def _written(data_type: pa.DataType) -> pa.DataType:
     return pa.list_(data_type.value_type) if pa.types.is_fixed_size_list(data_type) else data_type
 
 
+def unwritable(data_type: pa.DataType) -> str | None:
+    """Why a column of this type cannot be in a part; None if it can."""
+    try:
+        pq.ParquetWriter(pa.BufferOutputStream(), pa.schema([pa.field("column", data_type)])).close()
+    except (pa.ArrowException, OSError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
 def encode(table: pa.Table, output: OutputConfig) -> pa.Buffer:
     """The bytes of a Parquet file."""
     sink = pa.BufferOutputStream()

@@ -13,7 +13,7 @@ from engines.api import Kind, Outcome, Request, SamplingParams
 from runner.chunk import ERROR_COLUMN, ROW_COLUMN
 from runner.config import JobConfig
 from runner.errors import BAD_SAMPLING, EMPTY_INPUT, TOO_LONG, UNREADABLE_ROW, RowError
-from runner.prompt import Template, Tokenizer
+from runner.prompt import Template, Tokenizer, values_of
 from runner.schema import Key, arguments, keys
 
 Prompt = list[int] | RowError
@@ -83,12 +83,13 @@ class Requests:
         """Of each row; the engine answers a name that is none with an error of the row."""
         if self._adapter_column is None:
             return [self._adapter] * batch.num_rows
-        named = batch.column(self._adapter_column).to_pylist()
+        named = values_of(batch.column(self._adapter_column), self._adapter_column)
         return [self._adapter if name is None else str(name) for name in named]
 
     def _per_row(self, batch: pa.RecordBatch) -> list[SamplingParams | RowError]:
         """Equal ones are one object."""
-        columns = [batch.column(self._overrides[key.name]).to_pylist() for key in self._keys]
+        names = [self._overrides[key.name] for key in self._keys]
+        columns = [values_of(batch.column(name), name) for name in names]
         made: dict[str, SamplingParams | RowError] = {}
         found = []
         for values in zip(*columns, strict=True):
@@ -99,6 +100,9 @@ class Requests:
         return found
 
     def _merged(self, values: Sequence[Any]) -> SamplingParams | RowError:
+        for value in values:
+            if isinstance(value, RowError):
+                return value
         given = {key.name: _plain(key, v) for key, v in zip(self._keys, values, strict=True) if v is not None}
         findings: list[str] = []
         changed = arguments([key for key in self._keys if key.name in given], given, "sampling", findings)

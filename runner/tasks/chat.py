@@ -13,7 +13,7 @@ from engines.api import Kind
 from engines.checkpoint import Checkpoint
 from runner.config import JobConfig, TaskConfig
 from runner.errors import BAD_MESSAGES, NULL_INPUT, ConfigError, RowError
-from runner.prompt import Template, Tokenizer
+from runner.prompt import Template, Tokenizer, values_of
 from runner.tasks._common import Limit, Prompt, encoded
 from runner.tasks.generate import Generate
 
@@ -61,7 +61,8 @@ def build(job: JobConfig, checkpoint: Checkpoint, tokenizer: Tokenizer, max_mode
 
     def conversations(batch: pa.RecordBatch) -> list[list[dict[str, Any]] | RowError]:
         if config.messages:
-            return [_checked(value, config.messages) for value in batch.column(config.messages).to_pylist()]
+            values = values_of(batch.column(config.messages), config.messages)
+            return [_checked(value, config.messages) for value in values]
         texts = [(role, template.render(batch)) for role, template in parts]
         return [_conversation([(role, column[i]) for role, column in texts]) for i in range(batch.num_rows)]
 
@@ -92,6 +93,8 @@ def _conversation(texts: list[tuple[str, str | RowError]]) -> list[dict[str, str
 def _checked(value: Any, column: str) -> list[dict[str, Any]] | RowError:
     if value is None:
         return RowError(NULL_INPUT, f"{column}: null; expected a list of messages; filter such rows")
+    if isinstance(value, RowError):
+        return value
     try:
         messages = json.loads(value) if isinstance(value, str) else value
         if not isinstance(messages, list) or not messages:
