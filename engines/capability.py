@@ -73,9 +73,17 @@ class Offer:
     they are turned into the compute dtype on the way to the product."""
     dequantized: frozenset[Value] = frozenset()
     """Values of linear's attribute `weights` that are turned into the compute dtype at load, with its memory."""
+    kept: Mapping[str, Allowed] = field(default_factory=dict)
+    """What attributes of linear must be for such weights to stay as they are all the same; {}: none do."""
     reference: frozenset[str] = frozenset()
     """Ops that run on the plain torch reference here."""
     notes: tuple[str, ...] = ()
+
+    def dequantizes(self, attributes: Mapping[str, Value]) -> bool:
+        """Whether weights with these attributes of linear are held in the compute dtype."""
+        known = self.kept.keys() & attributes.keys()
+        kept = bool(self.kept) and all(self.kept[name].accepts(attributes[name]) for name in known)
+        return attributes.get("weights") in self.dequantized and not kept
 
 
 def difference(requirements: Sequence[Requirement], offer: Offer) -> list[str]:

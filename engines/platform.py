@@ -97,6 +97,8 @@ class Host:
     """Free for use, of the machine; 0 where a described host with an accelerator does not say."""
     cpu_dtypes: frozenset[str] = frozenset({"float32"})
     """dtypes that the processor multiplies natively."""
+    cpu_tiles: bool = False
+    """Whether the compiled library multiplies on the processor's matrix unit (AMX). Not known of a described host."""
     extensions: frozenset[str] = frozenset()
     """Compiled libraries that are installed: cpu, cuda. Assumed to be for a described host."""
     stale: Mapping[str, str] = field(default_factory=dict)
@@ -161,7 +163,7 @@ def describe(
 
 def probe(price_per_hour: float | None = None) -> Host:
     """This machine."""
-    name, dtypes = _processor()
+    name, dtypes, tiles = _processor()
     memory, free = _memory()
     extensions = installed_extensions()
     host = Host(
@@ -175,6 +177,7 @@ def probe(price_per_hour: float | None = None) -> Host:
         cpu_cores=num_cores(),
         cpu_memory_bytes=free,
         cpu_dtypes=dtypes,
+        cpu_tiles=tiles,
         extensions=extensions,
         stale={name: why for name in sorted(extensions) if (why := extension.stale(LIBRARIES[name]))},
         triton=importlib.util.find_spec("triton") is not None,
@@ -315,8 +318,8 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _processor() -> tuple[str, frozenset[str]]:
-    """(name, dtypes with matrix instructions) of this machine's processor."""
+def _processor() -> tuple[str, frozenset[str], bool]:
+    """(name, dtypes with matrix instructions, Host.cpu_tiles) of this machine's processor."""
     cpuinfo = Path("/proc/cpuinfo")
     fields: dict[str, str] = {}
     if cpuinfo.exists():
@@ -329,7 +332,9 @@ def _processor() -> tuple[str, frozenset[str]]:
         dtypes.add("bfloat16")
     if flags & {"avx512_fp16", "amx_fp16", "asimdhp"}:
         dtypes.add("float16")
-    return fields.get("model name") or python_platform.processor() or python_platform.machine(), frozenset(dtypes)
+    tiles = {"amx_tile", "amx_bf16", "amx_int8"} <= flags and os.environ.get("CPU_OPS_ISA") in (None, "", "amx")
+    name = fields.get("model name") or python_platform.processor() or python_platform.machine()
+    return name, frozenset(dtypes), tiles
 
 
 def _memory() -> tuple[int, int]:

@@ -206,7 +206,7 @@ def resolve(job: JobConfig, checkpoint: Checkpoint, host: Host, kind: Kind, thro
         trust_remote_code=spec is None and not through_transformers,
     )
     on_cpu, layout = chosen.engine == "cpu", layout_of(job)
-    dense = _dequantizes(_offer(chosen.engine, host), job, checkpoint)
+    dense = _offer(chosen.engine, host).dequantizes({"dtype": chosen.dtype, **quantization_of(job, checkpoint)})
     stored = job.model.quantization
     memory = [memory_of(checkpoint, spec, chosen.dtype, config, host, on_cpu, layout, dense, stored)]
     if on_cpu and host.device != "cpu":
@@ -416,7 +416,7 @@ def _verdict(
         libraries = _libraries(engine, job, config, checkpoint, spec, dtype, kind, host)
         missed += libraries.missed
         notes += libraries.notes
-    dense = _dequantizes(offer, job, checkpoint)
+    dense = offer.dequantizes({"dtype": dtype, **quantization_of(job, checkpoint)})
     if dense and spec is not None:
         method = quantization_of(job, checkpoint)["quantization"]
         notes.append(f"{method}: weights are dequantized to {dtype} at load and take the memory of that")
@@ -490,11 +490,6 @@ def _check_quantization(job: JobConfig, checkpoint: Checkpoint) -> None:
             f"model.quantization: {job.model.quantization}, and the checkpoint's weights are quantized already "
             f"({found['quantization']}); expected null, or a checkpoint of plain weights; remove it"
         )
-
-
-def _dequantizes(offer: Offer, job: JobConfig, checkpoint: Checkpoint) -> bool:
-    """Whether the engine holds quantized weights in the compute dtype."""
-    return quantization_of(job, checkpoint).get("weights") in offer.dequantized
 
 
 def _choose(job: JobConfig, checkpoint: Checkpoint, verdicts: Sequence[Verdict]) -> Verdict:

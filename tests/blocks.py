@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from engines.formats import int8
+from engines.formats._common import quantize_groups
 from engines.ops import OpSet
 from engines.ops.block import Block, NormWeight
 from engines.ops.linear import LinearWeight
+from engines.ops.quantized import GroupedIntWeight
 
 
 @dataclass(frozen=True)
@@ -23,8 +25,8 @@ class BlockCase:
     into: int
     """Outputs of the next projection; 0: there is none."""
     layer_norm: bool = False
-    quantized: tuple[bool, bool, bool, bool] = (False, False, False, False)
-    """out, up, down, into"""
+    formats: tuple[str, str, str, str] = ("", "", "", "")
+    """out, up, down, into: plain, int8, w8 or w4"""
     offset: float = 0.0
 
 
@@ -34,26 +36,40 @@ CASES = (
     BlockCase("no whole tiles", 72, 48, 40, 50, offset=1.0),
     BlockCase("encoder", 64, 128, 64, 192, layer_norm=True),
     BlockCase("last of an encoder", 40, 72, 40, 0, layer_norm=True),
-    BlockCase("int8", 64, 96, 48, 128, quantized=(True, True, True, True)),
-    BlockCase("partly int8", 72, 48, 40, 50, quantized=(False, True, False, True)),
+    BlockCase("int8", 64, 96, 48, 128, formats=("int8",) * 4),
+    BlockCase("partly int8", 72, 48, 40, 50, formats=("", "int8", "", "int8")),
+    BlockCase("codes", 64, 96, 48, 128, formats=("w8", "w4", "w4", "w8")),
+    BlockCase("all kinds", 64, 96, 40, 50, formats=("", "w8", "int8", "w4")),
+    BlockCase("codes of an encoder", 72, 128, 72, 40, layer_norm=True, formats=("w8", "w8", "w4", "")),
 )
 ROWS = (1, 17, 33, 128, 150, 700)
 """On both sides of where threads share rows and not weights, and of what goes together."""
 
 
+def codes_of(weight: Tensor, bits: int) -> GroupedIntWeight:
+    """8 bits: a scale for each output; 4: with zeros, of groups of 32 where they divide the inputs."""
+    size = weight.shape[1] if bits == 8 or weight.shape[1] % 32 else 32
+    codes, scales, zeros = quantize_groups(weight, bits, size, symmetric=bits == 8)
+    return GroupedIntWeight(codes, scales, zeros.to(torch.int16), bits, size)
+
+
 def make(ops: OpSet, case: BlockCase, dtype: torch.dtype = torch.bfloat16) -> Block:
     generator = torch.Generator().manual_seed(case.hidden)
 
-    def weight(out: int, size: int, quantized: bool) -> LinearWeight:
+    def weight(out: int, size: int, fmt: str) -> LinearWeight:
         made = (torch.randn(out, size, generator=generator) * size**-0.5).to(dtype)
         bias = torch.randn(out, generator=generator).to(dtype) if case.layer_norm else None
-        return ops.prepare_quantized(int8.quantize(made), bias, dtype) if quantized else ops.prepare_linear(made, bias)
+        if not fmt:
+            return ops.prepare_linear(made, bias)
+        return ops.prepare_quantized(
+            int8.quantize(made) if fmt == "int8" else codes_of(made, int(fmt[1:])), bias, dtype
+        )
 
     def norm() -> NormWeight:
         made, bias = (torch.randn(case.hidden, generator=generator).to(dtype) for _ in range(2))
         return NormWeight(made, bias if case.layer_norm else None, 1e-5, case.offset)
 
-    out, up, down, into = case.quantized
+    out, up, down, into = case.formats
     gated = not case.layer_norm
     return Block(
         weight(case.hidden, case.attended, out),

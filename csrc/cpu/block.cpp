@@ -53,8 +53,9 @@ struct Block {
   int64_t code_bytes(int64_t rows) const {
     return std::max({out.code_bytes(rows), up.code_bytes(rows), down.code_bytes(rows), into.code_bytes(rows)});
   }
-  int64_t steps() const {
-    return std::max({out.product.steps, up.product.steps, down.product.steps, into.product.steps});
+  int64_t scratch_bytes() const {
+    return std::max({out.product.scratch_bytes(), up.product.scratch_bytes(), down.product.scratch_bytes(),
+                     into.product.scratch_bytes()});
   }
 };
 
@@ -143,7 +144,7 @@ void run(const Block& block, int64_t rows) {
     return run(block, 0, rows, Between(block, rows, room.get()), Together{});
   }
   const Chunks chunks(rows, rows_together(block.inner_bytes()), torch::stable::get_num_threads());
-  const int64_t scratch = scratch_bytes(block.steps());
+  const int64_t scratch = block.scratch_bytes();
   deal(chunks.count, scratch + Between::bytes(block, chunks.size), [&](int64_t i, char* room) {
     const int64_t first = chunks.first(i), count = chunks.last(i) - first;
     run(block, first, count, Between(block, count, room + scratch), Alone{room});

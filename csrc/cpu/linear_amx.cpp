@@ -11,6 +11,7 @@
 
 #include "activation_amx.h"
 #include "amx.h"
+#include "codes_amx.h"
 #include "linear.h"
 
 namespace cpu_ops {
@@ -18,6 +19,7 @@ namespace amx {
 namespace {
 
 constexpr int64_t kBlockRows = 32, kSumBytes = 4096;  // of a block
+constexpr int64_t kLead = 2;                          // steps that tiles are unpacked ahead of their products
 
 inline __m512 wide(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
 
@@ -105,15 +107,18 @@ struct Pending {
 enum class Passing { rows, strips };
 
 // sums = rows @ strips. Meanwhile stores the block before, whose vector operations take as long as the tiles' own, and
-// asks for `ahead` cache lines of each of the coming strips a step.
-template <Number number, bool act, bool gated, bool two, Passing passing>
-void multiply_rows(const Rows& rows, Strips strips, int64_t steps, char* sums, Pending& before, Strips coming, int ahead) {
+// asks for `ahead` cache lines of each of the coming strips a step. unpacker: of these strips, which are not there yet.
+template <Number number, bool act, bool gated, bool two, Passing passing, bool unpacks>
+void multiply_rows(const Rows& rows, Strips strips, int64_t steps, char* sums, Pending& before, Strips coming, int ahead,
+                   Unpacker& unpacker) {
   const int64_t stored = (kBlockRows + steps - 1) / steps;
   _tile_zero(0);
   _tile_zero(1);
   if (two) _tile_zero(2);
   if (two) _tile_zero(3);
   const char* x = rows.at;
+  if constexpr (unpacks)
+    for (int64_t step = 0; step < std::min(kLead, steps); ++step) unpacker.step();
   for (int64_t step = 0; step < steps; ++step) {
     LOAD_TILE(Passing::rows, 4, x, rows.stride);
     LOAD_TILE(Passing::strips, 6, strips.first, 64);
@@ -122,6 +127,8 @@ void multiply_rows(const Rows& rows, Strips strips, int64_t steps, char* sums, P
     MULTIPLY_TILES(1, 4, 7);
     for (int i = 0; i < ahead; ++i) _mm_prefetch(coming.first + i * 64, _MM_HINT_T1);
     for (int i = 0; i < ahead; ++i) _mm_prefetch(coming.second + i * 64, _MM_HINT_T1);
+    if constexpr (unpacks)
+      if (step + kLead < steps) unpacker.step();
     if (two) {
       LOAD_TILE(Passing::rows, 5, x + rows.second, rows.stride);
       MULTIPLY_TILES(2, 5, 6);
@@ -160,34 +167,43 @@ Rows rows_of(const Product& product, int64_t row, int64_t num_rows, char* room) 
 }
 
 // What a group of outputs is made of.
-Strips strips_of(const Product& product, int64_t block) {
-  const char* first = product.weight + (product.gated ? block : 2 * block) * product.strip_bytes();
-  return {first, first + (product.gated ? product.n / 2 / kStrip : 1) * product.strip_bytes()};
+int64_t first_strip(const Product& product, int64_t block) { return product.gated ? block : 2 * block; }
+int64_t second_strip(const Product& product, int64_t block) {
+  return product.gated ? block + product.n / 2 / kStrip : 2 * block + 1;
 }
 
-template <Number number, bool act, bool gated, Passing passing>
+Strips strips_of(const Product& product, int64_t block) {
+  return {product.weight + first_strip(product, block) * product.strip_bytes(),
+          product.weight + second_strip(product, block) * product.strip_bytes()};
+}
+
+template <Number number, bool act, bool gated, Passing passing, bool codes>
 void multiply_blocks(const Product& product, int64_t first_row, int64_t last_row, int64_t first, int64_t last, char* scratch) {
-  char* const room = scratch + 2 * kSumBytes;
+  char *const unpacked = scratch + 2 * kSumBytes, *const room = unpacked + (codes ? 2 * product.steps * kTileBytes : 0);
   const int64_t last_begin = first_row + (last_row - first_row - 1) / kBlockRows * kBlockRows;
   const Rows rest = rows_of(product, last_begin, last_row - last_begin, room);
   const bool copies_all = product.k % kStepInputs != 0 && first_row != last_begin;
   // Together the blocks of rows ask for as many lines as they use. Many of them are slowed more than memory gains.
   const int64_t blocks = (last_row - first_row + kBlockRows - 1) / kBlockRows;
-  const int ahead = blocks >= 16 ? 0 : static_cast<int>(16 / blocks);
+  const int ahead = blocks >= 16 ? 0 : static_cast<int>(product.tile_bytes() / 64 / blocks);
   Epilogue epilogues[2] = {Epilogue(product, first), Epilogue(product, first)};
   Pending before{};
   int64_t turn = 0;
   for (int64_t block = first; block < last; ++block) {
-    const Strips strips = strips_of(product, block);
+    const Strips strips = codes ? Strips{unpacked, unpacked + product.steps * kTileBytes} : strips_of(product, block);
+    Unpacker unpacker(product, first_strip(product, block), second_strip(product, block), unpacked);
     Strips coming = strips_of(product, block + 1);
     const Epilogue& epilogue = epilogues[block % 2] = Epilogue(product, block);
     for (int64_t row = first_row; row <= last_begin; row += kBlockRows) {
       const int64_t count = row == last_begin ? last_row - row : kBlockRows;
       const Rows rows = row == last_begin && !copies_all ? rest : rows_of(product, row, count, room);
       char* const sums = scratch + turn++ % 2 * kSumBytes;
-      const auto run = rows.two ? multiply_rows<number, act, gated, true, passing>
-                                : multiply_rows<number, act, gated, false, passing>;
-      run(rows, strips, product.steps, sums, before, coming, ahead);
+      const bool unpacks = codes && row == first_row;
+      const auto run = rows.two ? (unpacks ? multiply_rows<number, act, gated, true, passing, codes>
+                                           : multiply_rows<number, act, gated, true, passing, false>)
+                                : (unpacks ? multiply_rows<number, act, gated, false, passing, codes>
+                                           : multiply_rows<number, act, gated, false, passing, false>);
+      run(rows, strips, product.steps, sums, before, coming, ahead, unpacker);
       before = {&epilogue, sums, row, count, 0};
       coming = {coming.first + product.steps * ahead * 64, coming.second + product.steps * ahead * 64};
     }
@@ -195,17 +211,19 @@ void multiply_blocks(const Product& product, int64_t first_row, int64_t last_row
   before.store<number, act, gated>(kBlockRows);
 }
 
-template <Number number, Passing passing>
+template <Number number, Passing passing, bool codes>
 void multiply_number(const Product& product, int64_t first_row, int64_t last_row, int64_t first, int64_t last, char* scratch) {
-  const auto run = product.gated       ? multiply_blocks<number, true, true, passing>
-                   : product.activated ? multiply_blocks<number, true, false, passing>
-                                       : multiply_blocks<number, false, false, passing>;
+  const auto run = product.gated       ? multiply_blocks<number, true, true, passing, codes>
+                   : product.activated ? multiply_blocks<number, true, false, passing, codes>
+                                       : multiply_blocks<number, false, false, passing, codes>;
   run(product, first_row, last_row, first, last, scratch);
 }
 
 template <Passing passing>
 void multiply_passing(const Product& product, int64_t first_row, int64_t last_row, int64_t first, int64_t last, char* scratch) {
-  const auto run = product.number == Number::bf16 ? multiply_number<Number::bf16, passing> : multiply_number<Number::s8, passing>;
+  const auto run = product.codes.bits              ? multiply_number<Number::bf16, passing, true>
+                   : product.number == Number::bf16 ? multiply_number<Number::bf16, passing, false>
+                                                    : multiply_number<Number::s8, passing, false>;
   run(product, first_row, last_row, first, last, scratch);
 }
 
@@ -213,7 +231,9 @@ void multiply_passing(const Product& product, int64_t first_row, int64_t last_ro
 
 void multiply(const Product& product, int64_t first_row, int64_t last_row, int64_t first, int64_t last, char* scratch) {
   const Tiles tiles{TileConfig()};
-  const auto run = last_row - first_row > kBlockRows ? multiply_passing<Passing::rows> : multiply_passing<Passing::strips>;
+  // Unpacked strips are in the nearest cache already.
+  const bool once = last_row - first_row <= kBlockRows;
+  const auto run = once ? multiply_passing<Passing::strips> : multiply_passing<Passing::rows>;
   run(product, first_row, last_row, first, last, scratch);
   if (product.streams) _mm_sfence();
 }

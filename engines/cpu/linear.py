@@ -11,19 +11,22 @@ from engines import extension
 from engines.ops import OpSet
 from engines.ops import linear as reference
 from engines.ops.linear import Inputs, LinearWeight
-from engines.ops.quantized import Int8Weight, QuantizedWeight
+from engines.ops.quantized import GroupedIntWeight, Int8Weight, QuantizedWeight
 
+STRIP, STEP_INPUTS = 16, 32
+"""Outputs and inputs of a tile: csrc/cpu/linear.h"""
 INT8_ROWS = 256
 """Tokens of one of oneDNN's products of integers: its float32 sums are read again while they are in the cache."""
 
 
 @dataclass(frozen=True)
 class PackedWeight:
-    """In tiles for the matrix unit (csrc/cpu/linear.h): bfloat16, or int8 with scales. Inputs are bfloat16."""
+    """In tiles for the matrix unit (csrc/cpu/linear.h). Inputs are bfloat16."""
 
     data: Tensor
+    """bfloat16, int8, or uint8: integers of 4 or 8 bits, which become bfloat16 again in every product"""
     scales: Tensor | None = None
-    """[out_features] float32, of int8"""
+    """float32; int8: [out_features]; uint8: [strips, groups, 1 or 2, 16], with zeros if these are not all the same"""
     input_scale: Tensor | None = None
     """[1] float32: one of all inputs; None: each token has its own"""
 
@@ -69,7 +72,11 @@ def prepare_linear(self: OpSet, weight: Tensor, bias: Tensor | None) -> LinearWe
 
 
 def prepare_quantized(self: OpSet, weight: QuantizedWeight, bias: Tensor | None, dtype: torch.dtype) -> LinearWeight:
-    """As the reference. With the compiled library, 8-bit integers are packed for the integer units (AMX, VNNI)."""
+    """As the reference. With the compiled library, 8-bit integers are packed for the integer units (AMX, VNNI), and
+    groups of integers stay integers where there is a matrix unit: their products have the bits of the dequantized
+    weight's."""
+    if isinstance(weight, GroupedIntWeight) and keeps_codes(weight, dtype):
+        return LinearWeight(_pack_codes(weight), bias, weight.shape[1], weight.shape[0])
     if not isinstance(weight, Int8Weight) or dtype == torch.float64 or extension.reason() is not None:
         return reference.prepare_quantized(self, weight, bias, dtype)
     scales = weight.scales.float().contiguous()
@@ -80,6 +87,27 @@ def prepare_quantized(self: OpSet, weight: QuantizedWeight, bias: Tensor | None,
         packed = torch.ops.onednn.qlinear_prepack(weight.data, None)
         data = PackedInt8(packed, scales, torch.zeros(len(scales), dtype=torch.int64), weight.input_scale)
     return LinearWeight(data, bias, weight.shape[1], weight.shape[0])
+
+
+def keeps_codes(weight: GroupedIntWeight, dtype: torch.dtype) -> bool:
+    """Whether the weight is multiplied from its codes; else it is dequantized."""
+    (rows, columns), size = weight.shape, weight.group_size
+    whole = size >= columns or (size % STEP_INPUTS == 0 and columns % size == 0)
+    if weight.bits not in (4, 8) or weight.permutation is not None or not (whole and rows and columns):
+        return False
+    return dtype == torch.bfloat16 and extension.reason() is None and _has_matrix_unit()
+
+
+def _pack_codes(weight: GroupedIntWeight) -> PackedWeight:
+    rows, groups = weight.scales.shape
+    zeros = weight.zeros - 2 ** (weight.bits - 1)
+    parts = [weight.scales, zeros] if zeros.any() else [weight.scales]
+    strips = -(-rows // (2 * STRIP)) * 2
+    scales = torch.zeros(strips * STRIP, groups, len(parts))
+    for i, part in enumerate(parts):
+        scales[:rows, :, i] = part
+    scales = scales.unflatten(0, (strips, STRIP)).permute(0, 2, 3, 1).contiguous()
+    return PackedWeight(torch.ops.cpu_ops.pack_codes(weight.codes.contiguous(), weight.bits), scales)
 
 
 def linear(x: Inputs, weight: LinearWeight) -> Tensor:
@@ -108,7 +136,7 @@ def linear(x: Inputs, weight: LinearWeight) -> Tensor:
 
 def _packed_linear(x: Tensor, weight: PackedWeight, bias: Tensor | None, out_features: int) -> Tensor:
     scales = None
-    if weight.scales is not None:
+    if weight.data.dtype == torch.int8:
         x, scales = torch.ops.cpu_ops.quantize_rows(x, weight.input_scale)
     result: Tensor = torch.ops.cpu_ops.linear_packed(x, weight.data, bias, weight.scales, scales, out_features)
     return result

@@ -66,6 +66,15 @@ OPS: dict[str, dict[str, Allowed]] = {
     "transformers_model": {"dtype": DTYPES, "quantization": DENSE_ONLY},
 }
 
+KEPT: dict[str, Allowed] = {
+    "dtype": one_of("bfloat16"),
+    "weights": one_of("w4a16", "w8a16"),
+    "bits": one_of(4, 8),
+    "group_size": Allowed(values=(-1,), ge=32, multiple_of=32),
+    "desc_act": one_of(False),
+}
+"""Weights that are multiplied from their codes where the processor has a matrix unit: engines/cpu/linear.py."""
+
 COMPILED = frozenset(
     {
         *("paged_attention", "quantized_attention", "encoder_attention"),
@@ -84,6 +93,7 @@ def offers(host: Host) -> Offer:
         engine="cpu",
         ops=OPS,
         dequantized=frozenset(WEIGHTS) - {"w8a8"},
+        kept=KEPT if built and host.cpu_tiles else {},
         blockers=(host.stale[CPU_EXTENSION],) if CPU_EXTENSION in host.stale else (),
         reference=PLAIN_TORCH if built else PLAIN_TORCH | COMPILED,
         notes=() if built else ("compiled CPU library absent: reinstall with a C++20 compiler on PATH",),

@@ -79,6 +79,23 @@ def test_weights_that_are_dequantized_at_load_are_counted_so() -> None:
     assert plan.memory[0].weight_bytes == plain.memory[0].weight_bytes
 
 
+def test_weights_that_stay_integers_on_a_matrix_unit_are_counted_so() -> None:
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 128}
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True}
+    amx, w8a16 = replace(CPU, cpu_tiles=True), replace(job().model, quantization="w8a16")
+    for wanted, of, kept in (
+        (job(), checkpoint(quantization_config=awq), True),
+        (job(), checkpoint(quantization_config={**awq, "group_size": 48}), False),
+        (job(), checkpoint(quantization_config=gptq), False),
+        (job(backend_config=EngineConfig(dtype="float32")), checkpoint(quantization_config=awq), False),
+        (job(model=w8a16), checkpoint(), True),
+    ):
+        cpu = next(verdict for verdict in resolve(wanted, of, amx, "generate").verdicts if verdict.engine == "cpu")
+        assert any("weights are dequantized" in note for note in cpu.notes) != kept
+    eight, plain = (resolve(job(model=m), checkpoint(), amx, "generate") for m in (w8a16, job().model))
+    assert eight.memory[0].weight_bytes < 0.6 * plain.memory[0].weight_bytes
+
+
 def test_quantization_at_load_is_planned_for() -> None:
     """Engines without it say what they lack, and a quantized checkpoint is not quantized again."""
     wanted = job(model=replace(job().model, quantization="int8"))
