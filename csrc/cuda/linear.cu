@@ -14,13 +14,16 @@ namespace {
 
 // A chunk of 4-bit weights is 4 KiB, of plain ones 16.
 constexpr SplitCosts kSmallChunks{8, 2, 4}, kLargeChunks{8, 1, 2};
-constexpr int kHalfBytes = 2;    // of a result
+constexpr SplitCosts kSm90Chunks{8, 1, 2};
+constexpr int kHalfBytes = 2;  // of a result
 
 struct Format {
   ScalarType scales;
   int pieces, value_bytes;
   int (*tile)(int64_t tokens);
   void (*launch)(ScalarType, int, int, const Place&, const ProductParams&);
+  SplitCosts costs = kSmallChunks;
+  int walking_tile = 0;  // tokens of blocks that take all splits of a tile; 0: none do
 };
 
 Format format_of(const std::string& name) {
@@ -28,9 +31,22 @@ Format format_of(const std::string& name) {
     return {ScalarType::Int, 1, 2, product_tile<16, 32, 64>, launch_product_w4};
   if (name == "fp8") return {ScalarType::Float, 2, 2, product_tile<16, 64>, launch_product_fp8};
   if (name == "mxfp4") return {ScalarType::Byte, 1, 2, product_tile<16, 64>, launch_product_mxfp4};
-  if (name == "dense") return {ScalarType::Float, 4, 2, product_tile<16, 64, 128>, launch_product_dense};
+  if (name == "dense") return {ScalarType::Float, 4, 2, product_tile<16, 64, 128>, launch_product_dense, kLargeChunks};
   STD_TORCH_CHECK(name == "int8", "weights: ", name, "; expected w4 float16, w4 bfloat16, fp8, mxfp4, dense or int8");
-  return {ScalarType::Float, 4, 1, product_tile<16, 64, 128>, launch_product_int8};
+  return {ScalarType::Float, 4, 1, product_tile<16, 64, 128>, launch_product_int8, kLargeChunks};
+}
+
+// The same, of `linear`. What decides is the device, not the batch: other kernels sum in another order.
+Format linear_format_of(const std::string& name, const Place& place) {
+  Format format = format_of(name);
+#ifdef CUDA_OPS_SM90
+  if (format.launch == launch_product_w4 && compute_capability(place.device) == 90) {
+    format.launch = launch_product_w4_sm90;
+    format.costs = kSm90Chunks;
+    format.walking_tile = 64;
+  }
+#endif
+  return format;
 }
 
 // What all products have in common. scales: [experts, rows, padded_out], as ProductParams has them. x of int8 weights: codes
@@ -97,7 +113,7 @@ ProductParams params_of(const Tensor& x, const std::string& weights, const Forma
   p.out_features = static_cast<int>(out_features);
   p.padded_out = static_cast<int>(padded);
   p.num_chunks = static_cast<int>(chunks);
-  p.splits = 1;
+  p.splits = p.splits_of_block = 1;
   p.chunks_of_split = p.num_chunks;
   p.slots_of_row = 1;
   return p;
@@ -108,18 +124,21 @@ ProductParams params_of(const Tensor& x, const std::string& weights, const Forma
 void linear(const Tensor& x, std::string weights, const Tensor& codes, const std::optional<Tensor>& scales,
             const std::optional<Tensor>& bias, const std::optional<Tensor>& x_scales, const Tensor& arrived,
             const Tensor& out) {
-  const Format format = format_of(weights);
+  const Place place(x.get_device_index());
+  const Format format = linear_format_of(weights, place);
   ProductParams p = params_of(x, weights, format, codes, scales, bias, x_scales, out);
   STD_TORCH_CHECK(codes.size(0) == 1, "codes: ", codes.size(0), " weights; expected one");
   check_size(out, 0, p.num_tokens, "out");
   if (p.num_tokens == 0) return;
-  const Place place(x.get_device_index());
+  STD_TORCH_CHECK(p.num_tokens == 1 || p.x_stride >= p.in_features, "x: rows that overlap; call contiguous()");
   const int64_t tokens = p.num_tokens, row_tiles = p.padded_out / kProductRows;
   const int tile = format.tile(tokens);
-  split_columns(p, row_tiles, format.pieces <= 2 ? kSmallChunks : kLargeChunks, place);
+  split_columns(p, row_tiles, format.costs, place);
+  if (tile == format.walking_tile && one_block_sums(p, row_tiles * ceil_div(tokens, tile), format.costs, place))
+    p.splits_of_block = p.splits;
   const int64_t most = tokens_of_launch(p, tokens);
   p.num_tokens = static_cast<int>(most);
-  const Tensor partial = sums_of_splits(p, row_tiles * ceil_div(most, tile), x, arrived);
+  const Tensor partial = sums_of_splits(p, row_tiles, ceil_div(most, tile), tile, x, arrived);
   for (int64_t begin = 0; begin < tokens; begin += most) {
     ProductParams part = p;
     part.num_tokens = static_cast<int>(std::min(most, tokens - begin));

@@ -54,6 +54,7 @@ void linear_fp8(const Tensor& x, const Tensor& codes, const Tensor& scales, cons
   const int tile = fp8_tile(tokens);
   const int64_t tiles = ceil_div(tokens, tile);
   Fp8Params p{};
+  p.splits_of_block = 1;
   if (blocks) {
     STD_TORCH_CHECK(x_scales.dim() == 2 && x_scales.size(1) >= tiles * tile, "x_scales: expected room for ",
                     tiles * tile, " tokens");
@@ -70,7 +71,7 @@ void linear_fp8(const Tensor& x, const Tensor& codes, const Tensor& scales, cons
   split_columns(p, row_tiles, kCosts, place);
   const int64_t most = tokens_of_launch(p, tokens);
   p.num_tokens = static_cast<int>(most);
-  const Tensor partial = sums_of_splits(p, row_tiles * ceil_div(most, tile), x, arrived);
+  const Tensor partial = sums_of_splits(p, row_tiles, ceil_div(most, tile), tile, x, arrived);
 #ifdef CUDA_OPS_SM90
   for (int64_t begin = 0; begin < tokens; begin += most) {
     Fp8Params part = p;

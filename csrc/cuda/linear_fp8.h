@@ -21,6 +21,7 @@ struct Fp8Params {
   void* partial;          // [splits, num_tokens, padded_out] float, unused for one split
   int* arrived;           // [out tiles * token tiles], zero before and after
   int num_tokens, out_features, padded_out, num_chunks, scales_stride, splits, chunks_of_split;
+  int splits_of_block;    // all of them, or 1
 };
 
 // codes: [out_features, in_features], x: [num_tokens, in_features], E4M3, dense, in_features a multiple of 128.

@@ -109,6 +109,9 @@ __device__ __forceinline__ int keep(int x) {
   return __shfl_sync(~0u, x, threadIdx.x % 32);
 }
 
+// x, the same in all lanes of a warp: the compiler then keeps it, and what is made of it, once for the warp.
+__device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
+
 // a * b and a + b as they are written: no fused multiply-add.
 __device__ __forceinline__ float multiply(float a, float b) { return __fmul_rn(a, b); }
 __device__ __forceinline__ float add(float a, float b) { return __fadd_rn(a, b); }
@@ -158,6 +161,7 @@ __device__ __forceinline__ int load_shared_by_blocks(const int* from) { return _
 __device__ __forceinline__ uint64_t load_shared_by_blocks(const uint64_t* from) {
   return __ldcg(reinterpret_cast<const unsigned long long*>(from));
 }
+__device__ __forceinline__ float4 load_shared_by_blocks(const float4* from) { return __ldcg(from); }
 
 // ---- memory of other devices ----
 

@@ -41,6 +41,33 @@ __device__ __forceinline__ void barrier_wait(PhaseBarrier* barrier, int parity) 
       "}\n" :: "r"(shared_address(barrier)), "r"(parity) : "memory");
 }
 
+// ---- clusters: blocks of threads that run at the same time and reach each other's shared memory ----
+
+__device__ __forceinline__ int cluster_blocks() {
+  uint32_t count;
+  asm("mov.u32 %0, %%cluster_nctaid.y;" : "=r"(count));
+  return static_cast<int>(count);
+}
+__device__ __forceinline__ int cluster_rank() {
+  uint32_t rank;
+  asm("mov.u32 %0, %%cluster_ctaid.y;" : "=r"(rank));
+  return static_cast<int>(rank);
+}
+// __syncthreads of all threads of the cluster.
+__device__ __forceinline__ void cluster_sync() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+// Arrives at the barrier that lies at the same place of that block of the cluster: for what was read before, since
+// nothing that was written would be seen there.
+__device__ __forceinline__ void barrier_arrive_at(PhaseBarrier* barrier, int rank) {
+  asm volatile(
+      "{\n"
+      ".reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %0, %1;\n"
+      "mbarrier.arrive.shared::cluster.b64 _, [there];\n"
+      "}\n" :: "r"(shared_address(barrier)), "r"(rank) : "memory");
+}
+
 // __syncthreads of `threads` threads; numbers 1 to 15.
 __device__ __forceinline__ void sync_some(int number, int threads) {
   asm volatile("bar.sync %0, %1;" :: "r"(number), "r"(threads) : "memory");
@@ -64,6 +91,23 @@ __device__ __forceinline__ void copy_box(void* to, const TensorMap& from, PhaseB
       : "memory");
 }
 
+// The same, to the same place of the shared memory of every block of the cluster; each block's own barrier gets the bytes.
+__device__ __forceinline__ void copy_box_to_cluster(void* to, const TensorMap& from, PhaseBarrier* barrier, int c0, int c1,
+                                                    int c2, int c3) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster"
+      " [%0], [%1, {%3, %4, %5, %6}], [%2], %7;"
+      :: "r"(shared_address(to)), "l"(&from.map), "r"(shared_address(barrier)), "r"(c0), "r"(c1), "r"(c2), "r"(c3),
+         "h"(static_cast<uint16_t>((1u << cluster_blocks()) - 1))
+      : "memory");
+}
+
+// Starts a copy of contiguous bytes to shared memory; 16 divides both addresses and the size. `barrier` gets the bytes.
+__device__ __forceinline__ void copy_bytes(void* to, const void* from, int bytes, PhaseBarrier* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+               :: "r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier)) : "memory");
+}
+
 // Makes what this thread wrote to shared memory visible to copies and products that run asynchronously.
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
@@ -76,6 +120,10 @@ __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.
 __device__ __forceinline__ uint64_t describe_tile(const void* at, int leading, int stride) {
   return static_cast<uint64_t>((shared_address(at) & 0x3FFFF) >> 4) | static_cast<uint64_t>(leading >> 4) << 16 |
          static_cast<uint64_t>(stride >> 4) << 32 | static_cast<uint64_t>(1) << 62;
+}
+// The same tile, so many bytes further on in its rows.
+__device__ __forceinline__ uint64_t further(uint64_t tile, int bytes) {
+  return (tile & ~0xFFFFFFFFull) | (static_cast<uint32_t>(tile) + static_cast<uint32_t>(bytes >> 4));
 }
 
 // Before the first product, and after registers that products use were written.
@@ -113,6 +161,8 @@ __device__ __forceinline__ void start_product(float (&d)[N / 8][4], const uint32
 #define CUDA_OPS_F8(n) \
   CUDA_OPS_F(n), CUDA_OPS_F(n + 1), CUDA_OPS_F(n + 2), CUDA_OPS_F(n + 3), CUDA_OPS_F(n + 4), CUDA_OPS_F(n + 5), \
       CUDA_OPS_F(n + 6), CUDA_OPS_F(n + 7)
+#define CUDA_OPS_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define CUDA_OPS_R16 CUDA_OPS_R8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define CUDA_OPS_R32 \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, " \
   "%25, %26, %27, %28, %29, %30, %31"
@@ -145,13 +195,36 @@ CUDA_OPS_PRODUCT(bf16, "bf16", false, "1")
 CUDA_OPS_PRODUCT(fp16, "f16", true, "0")
 CUDA_OPS_PRODUCT(fp16, "f16", false, "1")
 #undef CUDA_OPS_PRODUCT
+#define CUDA_OPS_PRODUCT(TYPE, NAME)                                                                                   \
+  template <>                                                                                                         \
+  __device__ __forceinline__ void start_product<TYPE, 16, true>(float (&d)[2][4], const uint32_t (&a)[4], uint64_t b, \
+                                                                bool accumulate) {                                    \
+    asm volatile(                                                                                                     \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"                                                                  \
+        "wgmma.mma_async.sync.aligned.m64n16k16.f32." NAME "." NAME " {" CUDA_OPS_R8                                  \
+        "}, {%8, %9, %10, %11}, %12, p, 1, 1, 0;\n}\n"                                                                \
+        : CUDA_OPS_F(0), CUDA_OPS_F(1)                                                                                \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));                     \
+  }                                                                                                                   \
+  template <>                                                                                                         \
+  __device__ __forceinline__ void start_product<TYPE, 32, true>(float (&d)[4][4], const uint32_t (&a)[4], uint64_t b, \
+                                                                bool accumulate) {                                    \
+    asm volatile(                                                                                                     \
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"                                                                  \
+        "wgmma.mma_async.sync.aligned.m64n32k16.f32." NAME "." NAME " {" CUDA_OPS_R16                                 \
+        "}, {%16, %17, %18, %19}, %20, p, 1, 1, 0;\n}\n"                                                              \
+        : CUDA_OPS_F(0), CUDA_OPS_F(1), CUDA_OPS_F(2), CUDA_OPS_F(3)                                                  \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(static_cast<int>(accumulate)));                     \
+  }
+CUDA_OPS_PRODUCT(bf16, "bf16")
+CUDA_OPS_PRODUCT(fp16, "f16")
+#undef CUDA_OPS_PRODUCT
 
 // The same of 8-bit floats, E4M3, for a of 64x32 and b of 32xN, both in shared memory with k contiguous: a as
 // describe_tile has b, its rows for columns.
 template <int N>
 __device__ __forceinline__ void start_product_e4m3(float (&d)[N / 8][4], uint64_t a, uint64_t b, bool accumulate);
 
-#define CUDA_OPS_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
 template <>
 __device__ __forceinline__ void start_product_e4m3<16>(float (&d)[2][4], uint64_t a, uint64_t b, bool accumulate) {
   asm volatile(
@@ -174,6 +247,7 @@ __device__ __forceinline__ void start_product_e4m3<128>(float (&d)[16][4], uint6
       : CUDA_OPS_F8(0), CUDA_OPS_F8(8) : "l"(a), "l"(b), "r"(static_cast<int>(accumulate)));
 }
 #undef CUDA_OPS_R8
+#undef CUDA_OPS_R16
 #undef CUDA_OPS_F
 #undef CUDA_OPS_F8
 #undef CUDA_OPS_R32
@@ -188,6 +262,23 @@ template <int N> __device__ __forceinline__ void more_registers() {
 }
 
 // ---- host ----
+
+// A launch of clusters of so many blocks along y, which divides the grid's.
+template <class Params>
+void launch_clusters(void (*kernel)(Params), int blocks, dim3 grid, dim3 threads, int shared_bytes, const Place& place,
+                     const Params& params) {
+  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                             shared_bytes),
+        "shared memory of a kernel");
+  cudaLaunchAttribute cluster{};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = 1, cluster.val.clusterDim.y = static_cast<unsigned>(blocks), cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid, config.blockDim = threads, config.dynamicSmemBytes = static_cast<size_t>(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(place.stream);
+  config.attrs = &cluster, config.numAttrs = 1;
+  check(cudaLaunchKernelEx(&config, kernel, params), "launch");
+}
 
 // sizes: of the dimensions, the innermost first. strides: bytes from one index to the next of dimensions 1 to 3.
 // box: of a copy, its innermost dimension 64 values of 16 bits.

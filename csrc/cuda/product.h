@@ -34,6 +34,7 @@ struct ProductParams {
   int group_size;               // w4, fp8
   int scale_rows;               // of an expert: groups, or 2 * chunks
   int splits, chunks_of_split;  // of the columns
+  int splits_of_block;          // all of them, or 1
   int slots_of_row;
   bool scales_are_bf16;         // w4; else float16
 };
@@ -48,6 +49,7 @@ template <int... TILES> constexpr int product_tile(int64_t tokens) {
 // A launch of each format, with tiles of so many tokens: 16, 32 or 64 of w4, 16 or 64 of fp8 and mxfp4, 16, 64 or 128 else.
 using ScalarType = torch::headeronly::ScalarType;
 void launch_product_w4(ScalarType type, int tile, int tiles, const Place& place, const ProductParams& params);
+void launch_product_w4_sm90(ScalarType type, int tile, int tiles, const Place& place, const ProductParams& params);
 void launch_product_fp8(ScalarType type, int tile, int tiles, const Place& place, const ProductParams& params);
 void launch_product_mxfp4(ScalarType type, int tile, int tiles, const Place& place, const ProductParams& params);
 void launch_product_dense(ScalarType type, int tile, int tiles, const Place& place, const ProductParams& params);

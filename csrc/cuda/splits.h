@@ -32,19 +32,33 @@ template <class Params> void split_columns(Params& p, int64_t row_tiles, const S
   }
 }
 
+// Whether blocks that take all splits of a tile one after the other, and add up their sums as the splits' own blocks would,
+// are sooner done. The bits are the same, so this may depend on the batch: tiles are of its tokens too.
+template <class Params>
+bool one_block_sums(const Params& p, int64_t tiles, const SplitCosts& costs, const Place& place) {
+  const int64_t count = multiprocessors(place.device);
+  const int64_t apart = std::max<int64_t>(ceil_div(tiles * p.splits, count), costs.resident);
+  const int64_t together = std::max<int64_t>(ceil_div(tiles, count), costs.resident);
+  return together * p.num_chunks <= apart * (p.chunks_of_split + costs.sums) + costs.sums * p.splits;
+}
+
 // Tokens of a launch, of `tokens`: all of a product that is not split, else so many that their sums nearly stay in the
 // second-level cache, and do not grow with the tokens. A multiple of every tile.
 template <class Params> int64_t tokens_of_launch(const Params& p, int64_t tokens) {
-  return p.splits > 1 ? std::min<int64_t>(tokens, 1024) : tokens;
+  return p.splits > p.splits_of_block ? std::min<int64_t>(tokens, 1024) : tokens;
 }
 
-// Room for the sums of all splits of p.num_tokens, of 32 bits; empty for one split. Sets partial and arrived, which one
-// split has no use for: a product of many rows and tokens has more tiles than there are counters.
-template <class Params> Tensor sums_of_splits(Params& p, int64_t tiles, const Tensor& like, const Tensor& arrived) {
-  STD_TORCH_CHECK(p.splits == 1 || (arrived.scalar_type() == ScalarType::Int && arrived.is_contiguous() &&
-                                    arrived.numel() >= tiles),
-                  "arrived: expected at least ", tiles, " int32");
-  const int64_t count = p.splits > 1 ? p.splits * int64_t{p.num_tokens} * p.padded_out : 0;
+// Room for the sums of all splits, of 32 bits, of token_tiles of `tile` tokens; empty where a block has all splits. Sets
+// partial and arrived, which such a block has no use for: a product of many rows and tokens has more tiles than there are
+// counters.
+template <class Params>
+Tensor sums_of_splits(Params& p, int64_t row_tiles, int64_t token_tiles, int tile, const Tensor& like,
+                      const Tensor& arrived) {
+  const bool apart = p.splits > p.splits_of_block;
+  STD_TORCH_CHECK(!apart || (arrived.scalar_type() == ScalarType::Int && arrived.is_contiguous() &&
+                             arrived.numel() >= row_tiles * token_tiles),
+                  "arrived: expected at least ", row_tiles * token_tiles, " int32");
+  const int64_t count = apart ? p.splits * token_tiles * tile * p.padded_out : 0;
   Tensor partial = torch::stable::new_empty(like, {count}, ScalarType::Int);
   p.partial = partial.mutable_data_ptr();
   p.arrived = mutable_data<int32_t>(arrived);

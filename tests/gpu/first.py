@@ -184,11 +184,26 @@ def graphs(ops: OpSet, device: torch.device) -> list[str]:
 
 
 def products(ops: OpSet, device: torch.device) -> list[str]:
-    """Packed weights on mma.sync: 4-bit integers, 4-bit floats, 8-bit integers."""
+    """Packed weights on mma.sync: 4-bit integers, 4-bit floats, 8-bit integers. On sm_90 4-bit integers are unpacked to
+    registers for wgmma, and inputs are copied to both blocks of a cluster; an odd number of row tiles has none."""
     e2m1 = MXFP4Weight(_random((200, 512), 256).to(torch.uint8), (_random((200, 32), 5) + 125).to(torch.uint8))
     int8 = Int8Weight((_random((200, 1024), 255) - 127).to(torch.int8), torch.ones(200))
     weights = {"w4, groups of 128": _w4(200, 1024), "w4, groups of 32": _w4(130, 1024, 32), "mxfp4": e2m1, "int8": int8}
+    weights["w4, no clusters"] = _w4(100, 2112, 64)
     return [line for name, weight in weights.items() for line in _columns(ops, device, weight, name)]
+
+
+def tokens_alone(ops: OpSet, device: torch.device) -> list[str]:
+    """Tiles of 16, 32 and 64 tokens, blocks that take one split or all: a token's bits are the same."""
+    weight = ops.prepare_quantized(_moved(_w4(130, 4096), device), None, BF16)
+    x = torch.randn(700, 4096, generator=torch.Generator().manual_seed(0)).to(BF16).to(device)
+    together = ops.linear(x, weight)
+    found = []
+    for begin, end in ((0, 1), (640, 656), (3, 35), (30, 94), (400, 700)):
+        wrong = (ops.linear(x[begin:end], weight) != together[begin:end]).sum().item()
+        if wrong:
+            found.append(f"w4, tokens {begin} to {end - 1} apart: {wrong:,} values differ from those among 700 tokens")
+    return found
 
 
 def products_fp8(ops: OpSet, device: torch.device) -> list[str]:
@@ -259,7 +274,7 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 CHECKS: dict[str, Callable[[OpSet, torch.device], list[str]]] = {
     check.__name__: check
-    for check in (decode, splits, prefill, prefill_sm90, products, products_fp8, graphs, far_blocks)
+    for check in (decode, splits, prefill, prefill_sm90, products, tokens_alone, products_fp8, graphs, far_blocks)
 }
 
 

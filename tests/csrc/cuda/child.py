@@ -72,10 +72,10 @@ def products(library: str) -> None:
     """The same for products with packed weights of more than one split, or tile of tokens."""
     torch.use_deterministic_algorithms(True)
     ops = OpSet(Path(library))
-    for case in W4_CASES:
+    for case, capability in itertools.product(W4_CASES, ("80", "90")):
         first = None
         for order, copies in itertools.product(ORDERS, ("early", "late")):
-            os.environ.update(EMULATOR_ORDER=order, EMULATOR_COPIES=copies)
+            os.environ.update(EMULATOR_CAPABILITY=capability, EMULATOR_ORDER=order, EMULATOR_COPIES=copies)
             found, exact, plain = multiply(ops, case, torch.bfloat16)
             assert_as_exact(found, exact, plain)
             first = found if first is None else first

@@ -69,6 +69,24 @@ def test_products_of_4_bit_weights_are_bound_by_memory(compiled: Path) -> None:
     assert len(code.loop(text, "W4I13__nv_bfloat16EELi16E", "HMMA")) < 300
 
 
+@pytest.mark.parametrize(("tokens", "most"), ((16, 380), (64, 480)))
+def test_warpgroup_products_of_4_bit_weights_are_bound_by_memory_or_tensor_cores(
+    compiled: Path, tokens: int, most: int
+) -> None:
+    """Two chunks of 64 columns of 128 rows, one warp of each scheduler: 560 cycles of an H200's memory at 80%, for 112
+    of its multiprocessors; 512 of the tensor cores, for 64 tokens. Groups of 128 columns skip a fifth of this loop. One
+    tile's weights are made between the other's products."""
+    program = code.cuobjdump()
+    if program is None:
+        pytest.skip("no cuobjdump: it comes with triton")
+    text = code.instructions(program, compiled / "product_w4_sm90.o", "sm_90a")
+    loop = code.loop(text, f"W4I13__nv_bfloat16EELi{tokens}ELi1ELb0", "HGMMA")
+    assert len(loop) < most
+    products = [i for i, name in enumerate(loop) if "HGMMA" in name]
+    assert len(products) == 16
+    assert sum("HADD2.BF16" in name for name in loop[products[0] : products[4]]) >= 16
+
+
 @pytest.mark.parametrize(
     ("source", "arch", "meant"),
     (
@@ -91,6 +109,11 @@ def test_products_of_4_bit_weights_are_bound_by_memory(compiled: Path) -> None:
         ("product_dense", "sm_90a", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"LDS\.128")),
         ("product_fp8", "sm_80", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"LDS\.128")),
         ("product_fp8", "sm_90a", (r"HMMA\.16816\.F32\.BF16", r"LDGSTS\.E\.BYPASS\.128", r"HMUL2\.BF16")),
+        (
+            "product_w4_sm90",
+            "sm_90a",
+            (r"HGMMA\.64x64x16\.F32\.BF16", r"HGMMA\.64x16x16\.F32", r"UTMALDG\.4D\.MULTICAST", "UBLKCP"),
+        ),
         ("linear_fp8_sm90", "sm_90a", (r"QGMMA\.64x128x32\.F32\.E4M3", r"QGMMA\.64x16x32\.F32", "UTMALDG.4D")),
         ("moe", "sm_90a", (r"LDG\.E\.128", r"STG\.E\.128")),
         ("quantize", "sm_80", (r"LDG\.E\.128", r"STS\.128", r"LDS\.128", r"STG\.E\.64")),

@@ -22,7 +22,8 @@ pytestmark = [
     pytest.mark.skipif(emulated.absent() is not None, reason=str(emulated.absent())),
 ]
 BARRIER = re.compile(
-    r"__sync(?:threads|warp)\(\);|copy_wait<[^;]*>\(\);|products_wait<\d>\([^;]*\);|sync_some\([^;]*\);|barrier_wait\([^;]*\);"
+    r"__sync(?:threads|warp)\(\);|copy_wait<[^;]*>\(\);|products_wait<\d>\([^;]*\);|sync_some\([^;]*\);|barrier_wait\([^;]*\);|"
+    r"cluster_sync\(\);"
 )
 UNSEEN = {
     ("attention_decode.cuh", 1): "emulated lanes meet in the exchange of load_matrices anyway",

@@ -312,7 +312,7 @@ _PRODUCT = (
     *("product.h", "product_formats.cuh", "small_floats.cuh", "product.cuh", "splits.cuh", "splits.h", "linear.cu"),
     "primitives.cuh",
 )
-_W4A16 = (*_PRODUCT, "product_w4.cu")
+_W4A16 = (*_PRODUCT, "product_w4.cu", "product_sm90.cuh", "product_w4_sm90.cu", "primitives_sm90.cuh")
 _EXPERTS = (*_PRODUCT, "product_dense.cu", "product_mxfp4.cu", "moe.cuh", "moe.cu")
 _FP8 = (
     "linear_fp8.h",

@@ -67,22 +67,41 @@ def multiply(ops: OpSet, case: W4Case, dtype: torch.dtype) -> tuple[Tensor, Tens
     return ops.linear(x, prepared), exact, functional.linear(x, weight.dequantize(dtype), bias)
 
 
+@pytest.fixture(params=("80", "90"))
+def capability(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Of the emulated device: both have a kernel of their own for 4-bit weights."""
+    monkeypatch.setenv("EMULATOR_CAPABILITY", request.param)
+    return str(request.param)
+
+
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_as_exact_as_dequantized_weights(ops: OpSet, case: W4Case, dtype: torch.dtype) -> None:
+def test_as_exact_as_dequantized_weights(ops: OpSet, capability: str, case: W4Case, dtype: torch.dtype) -> None:
     assert_as_exact(*multiply(ops, case, dtype))
 
 
-def test_a_token_has_the_bits_that_it_has_alone(ops: OpSet) -> None:
-    case = CASES[2]
+@pytest.mark.parametrize("order", ("reverse", "random:1", "warp:2", "lag:1"))
+@pytest.mark.parametrize("copies", ("early", "late"))
+def test_warpgroups_that_share_inputs_wait_for_each_other(
+    ops: OpSet, monkeypatch: pytest.MonkeyPatch, order: str, copies: str
+) -> None:
+    """Clusters of two blocks of threads, rings of stages that are used again."""
+    monkeypatch.setenv("EMULATOR_ORDER", order)
+    monkeypatch.setenv("EMULATOR_COPIES", copies)
+    assert_as_exact(*multiply(ops, W4Case(256, 2688, 128, 40), torch.bfloat16))
+
+
+def test_a_token_has_the_bits_that_it_has_alone(ops: OpSet, capability: str) -> None:
+    """By tiles of every size, and by blocks of threads that take one split or all of them."""
+    case = W4Case(100, 2048, 128, 640)
     prepared = ops.prepare_quantized(case.weight(), None, torch.bfloat16)
-    x, _ = replace(case, num_tokens=70).inputs(torch.bfloat16)
+    x, _ = case.inputs(torch.bfloat16)
     together = ops.linear(x, prepared)
-    for begin, end in ((0, 1), (69, 70), (3, 12), (10, 40)):
+    for begin, end in ((0, 1), (69, 70), (3, 12), (10, 40), (600, 640), (30, 130)):
         assert_bitwise_equal(ops.linear(x[begin:end], prepared), together[begin:end])
 
 
-def test_products_that_are_not_split_need_no_counters(ops: OpSet) -> None:
+def test_products_that_are_not_split_need_no_counters(ops: OpSet, capability: str) -> None:
     """They have more tiles than there are counters where rows and tokens are many."""
     weight = replace(CASES[0], out_features=384).weight()
     prepared, x = ops.prepare_quantized(weight, None, torch.bfloat16), torch.randn(3, 64).bfloat16()

@@ -36,6 +36,7 @@ struct dim3 {
 };
 struct alignas(16) uint4 { uint32_t x, y, z, w; };
 struct alignas(8) uint2 { uint32_t x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
 
 namespace emulator {
 
@@ -98,8 +99,19 @@ struct Warp {
   std::map<uint32_t, Barrier> barriers;
 };
 
+struct Block;
+
+// Blocks that run at the same time and reach each other's shared memory.
+struct Cluster {
+  std::vector<Block*> blocks;
+  Barrier barrier;
+  int threads = 0;
+};
+
 struct Block {
   dim3 index, grid, size;
+  std::shared_ptr<Cluster> cluster;
+  int rank = 0;  // in it
   const std::function<void()>* body = nullptr;
   std::vector<Thread> threads;
   std::vector<Warp> warps;
@@ -142,6 +154,13 @@ inline void arrive_and_wait(Barrier& barrier, int count, const char* what) {
   if (++barrier.arrived == count) return release(barrier);
   const uint64_t generation = barrier.generation;
   wait_until([&barrier, generation] { return barrier.generation != generation; }, what);
+}
+
+// The block of this one's cluster, whose memory is there as long as it runs.
+inline Block* block_of_cluster(int rank) {
+  Block* other = block->cluster->blocks.at(rank);
+  if (!other->alive) fail("reaches for a block of its cluster that has ended");
+  return other;
 }
 
 inline void sync_block() { arrive_and_wait(block->barrier, block->alive, "__syncthreads"); }
@@ -284,41 +303,64 @@ inline bool sweep(Order& order, const Running& running, bool all) {
   fail("no thread can go on");
 }
 
-constexpr int kConcurrentBlocks = 3;
+constexpr int kConcurrentBlocks = 3, kConcurrentClusters = 2, kLargestCluster = 4;
+constexpr int kSlots = kConcurrentClusters * kLargestCluster;  // of stacks that a launch may use
 
 struct Launch {
   std::function<void()> kernel;
   dim3 grid, size;
-  size_t dynamic;  // bytes of shared memory, as a launch gives them
+  size_t dynamic;   // bytes of shared memory, as a launch gives them
+  int cluster = 1;  // blocks of one, along y
 };
 
 // A launch on its way. Its blocks' threads have the stacks from `slot` on.
 class Progress {
  public:
   Progress(Launch launch, Order& order, int slot)
-      : launch_(std::move(launch)), order_(order), slot_(slot), blocks_(order.of(launch_.grid.x * launch_.grid.y * launch_.grid.z)),
-        running_(kConcurrentBlocks) {}
+      : launch_(std::move(launch)), order_(order), slot_(slot),
+        clusters_(order.of(launch_.grid.x * launch_.grid.y * launch_.grid.z / launch_.cluster)),
+        running_(launch_.cluster > 1 ? kConcurrentClusters : kConcurrentBlocks) {}
 
   // The blocks that are to run now; none when all have.
   Running running() {
     Running found;
-    for (int i = 0; i < kConcurrentBlocks; ++i) {
-      if (running_[i] && !running_[i]->alive) {
-        std::free(running_[i]->shared);
-        running_[i].reset();
+    for (size_t i = 0; i < running_.size(); ++i) {
+      auto& own = running_[i];
+      if (std::none_of(own.begin(), own.end(), [](const auto& one) { return one->alive > 0; })) {
+        for (const auto& one : own) std::free(one->shared);
+        own.clear();
+        if (next_ < clusters_.size()) own = start(clusters_[next_++], slot_ + static_cast<int>(i) * launch_.cluster);
       }
-      if (!running_[i] && next_ < blocks_.size()) running_[i] = start(blocks_[next_++], slot_ + i);
-      if (running_[i]) found.push_back(running_[i].get());
+      for (const auto& one : own)
+        if (one->alive) found.push_back(one.get());
     }
     return found;
   }
 
  private:
-  std::unique_ptr<Block> start(int at, int slot) {
+  using Blocks = std::vector<std::unique_ptr<Block>>;
+
+  // The blocks of a cluster. Of the grid's y, clusters have as many neighbours as they have blocks.
+  Blocks start(int at, int slot) {
     const dim3 grid = launch_.grid;
+    const int rows = grid.y / launch_.cluster;
+    Blocks made;
+    const auto cluster = std::make_shared<Cluster>();
+    for (int rank = 0; rank < launch_.cluster; ++rank) {
+      const unsigned y = at / grid.x % rows * launch_.cluster + rank;
+      made.push_back(start_block(dim3(at % grid.x, y, at / (grid.x * rows)), slot + rank));
+      made.back()->cluster = cluster;
+      made.back()->rank = rank;
+      cluster->blocks.push_back(made.back().get());
+      cluster->threads += made.back()->alive;
+    }
+    return made;
+  }
+
+  std::unique_ptr<Block> start_block(dim3 index, int slot) {
     auto own = std::make_unique<Block>();
-    own->index = dim3(at % grid.x, at / grid.x % grid.y, at / (grid.x * grid.y));
-    own->grid = grid;
+    own->index = index;
+    own->grid = launch_.grid;
     own->size = launch_.size;
     own->body = &launch_.kernel;
     own->threads.resize(own->size.x * own->size.y * own->size.z);
@@ -337,16 +379,16 @@ class Progress {
   Launch launch_;
   Order& order_;
   int slot_;
-  std::vector<int> blocks_;
+  std::vector<int> clusters_;
   size_t next_ = 0;
-  std::vector<std::unique_ptr<Block>> running_;
+  std::vector<Blocks> running_;
 };
 
 inline std::vector<std::deque<Launch>> queues;
 inline int queue = -1;  // that launches go to; -1: they run at once
 
-inline void launch(std::function<void()> kernel, dim3 grid, dim3 size, size_t dynamic) {
-  Launch made{std::move(kernel), grid, size, dynamic};
+inline void launch(std::function<void()> kernel, dim3 grid, dim3 size, size_t dynamic, int cluster = 1) {
+  Launch made{std::move(kernel), grid, size, dynamic, cluster};
   if (queue >= 0) return queues[queue].push_back(std::move(made));
   Order order;
   Progress own(std::move(made), order, 0);
@@ -370,7 +412,7 @@ inline void run_queues() {
     for (int i = 0; i < count; ++i) {
       Running own = launches[i] ? launches[i]->running() : Running();
       if (own.empty() && !queues[i].empty()) {
-        launches[i] = std::make_unique<Progress>(std::move(queues[i].front()), order, i * kConcurrentBlocks);
+        launches[i] = std::make_unique<Progress>(std::move(queues[i].front()), order, i * kSlots);
         queues[i].pop_front();
         asleep[i] = order.sleep(4);
         own = launches[i]->running();

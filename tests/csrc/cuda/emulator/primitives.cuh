@@ -72,6 +72,11 @@ inline uint32_t select_bytes(uint32_t a, uint32_t b, uint32_t which) {
 inline uint32_t and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (x & mask) | bits; }
 inline uint32_t not_and_or(uint32_t x, uint32_t mask, uint32_t bits) { return (~x & mask) | bits; }
 inline int keep(int x) { return x; }
+inline int uniform(int x) {
+  const int first = __shfl_sync(~0u, x, 0);
+  if (first != x) emulator::fail("uniform: lanes have different values");
+  return first;
+}
 inline float multiply(float a, float b) { volatile float c = a * b; return c; }
 inline float add(float a, float b) { volatile float c = a + b; return c; }
 

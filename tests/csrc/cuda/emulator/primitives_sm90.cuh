@@ -22,11 +22,18 @@ struct Box {
   int at[4];
 };
 
+struct Piece {
+  void* to;
+  const void* from;
+  int bytes;
+};
+
 struct Phase {
   int arrivals = 0, missing = 0;
   int64_t bytes = 0;  // that are still to come
   int number = 0;
   std::vector<Box> boxes;  // copies under way
+  std::vector<Piece> pieces;
 };
 
 struct Product {
@@ -44,6 +51,16 @@ struct State {
 inline State& state() {
   if (!emulator::block->extension) emulator::block->extension = std::make_shared<State>();
   return *static_cast<State*>(emulator::block->extension.get());
+}
+
+// Calls function as if it ran in that block of this one's cluster, with what lies there where `at` lies here.
+template <class At, class Function> void in_block(int rank, At* at, const Function& function) {
+  emulator::Block* here = emulator::block;
+  emulator::Block* there = emulator::block_of_cluster(rank);
+  const auto offset = reinterpret_cast<unsigned char*>(at) - here->shared;
+  emulator::block = there;
+  function(reinterpret_cast<At*>(there->shared + offset));
+  emulator::block = here;
 }
 
 inline Phase& phase(PhaseBarrier* barrier) {
@@ -88,6 +105,12 @@ inline void land(Phase& own, const Box& box) {
   advance(own);
 }
 
+inline void land(Phase& own, const Piece& piece) {
+  std::memcpy(piece.to, piece.from, piece.bytes);
+  own.bytes -= piece.bytes;
+  advance(own);
+}
+
 }  // namespace sm90
 
 inline void barrier_init(PhaseBarrier* barrier, int arrivals) {
@@ -115,8 +138,11 @@ inline void barrier_wait(PhaseBarrier* barrier, int parity) {
         sm90::Phase& own = sm90::phase(barrier);
         if (own.number % 2 == parity && !own.missing) {
           std::vector<sm90::Box> boxes;
+          std::vector<sm90::Piece> pieces;
           boxes.swap(own.boxes);
+          pieces.swap(own.pieces);
           for (const sm90::Box& box : boxes) sm90::land(own, box);
+          for (const sm90::Piece& piece : pieces) sm90::land(own, piece);
         }
         return own.number % 2 != parity;
       },
@@ -134,7 +160,32 @@ inline void copy_box(void* to, const TensorMap& from, PhaseBarrier* barrier, int
   if (emulator::copies_land_early()) sm90::land(own, box);
   else own.boxes.push_back(box);
 }
+inline void copy_box_to_cluster(void* to, const TensorMap& from, PhaseBarrier* barrier, int c0, int c1, int c2, int c3) {
+  const auto offset = static_cast<unsigned char*>(to) - emulator::block->shared;
+  for (int rank = 0; rank < static_cast<int>(emulator::block->cluster->blocks.size()); ++rank)
+    sm90::in_block(rank, barrier, [&](PhaseBarrier* there) {
+      copy_box(emulator::block->shared + offset, from, there, c0, c1, c2, c3);
+    });
+}
+inline void copy_bytes(void* to, const void* from, int bytes, PhaseBarrier* barrier) {
+  if ((reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes) % 16)
+    emulator::fail("copy_bytes: 16 does not divide it");
+  sm90::Phase& own = sm90::phase(barrier);
+  const sm90::Piece piece{to, from, bytes};
+  if (emulator::copies_land_early()) sm90::land(own, piece);
+  else own.pieces.push_back(piece);
+}
 inline void fence_async() {}
+
+inline int cluster_blocks() { return static_cast<int>(emulator::block->cluster->blocks.size()); }
+inline int cluster_rank() { return emulator::block->rank; }
+inline void cluster_sync() {
+  emulator::Cluster& own = *emulator::block->cluster;
+  emulator::arrive_and_wait(own.barrier, own.threads, "cluster_sync");
+}
+inline void barrier_arrive_at(PhaseBarrier* barrier, int rank) {
+  sm90::in_block(rank, barrier, [](PhaseBarrier* there) { barrier_arrive(there); });
+}
 
 inline uint64_t describe_tile(const void* at, int leading, int stride) {
   const uint64_t offset = static_cast<const unsigned char*>(at) - emulator::block->shared;
@@ -144,6 +195,11 @@ inline uint64_t describe_tile(const void* at, int leading, int stride) {
   if (offset >> 7 & 7) emulator::fail("describe_tile: not in the first of eight rows");
   return (offset & 0x3FFFF) >> 4 | static_cast<uint64_t>(leading >> 4) << 16 | static_cast<uint64_t>(stride >> 4) << 32 |
          static_cast<uint64_t>(1) << 62;
+}
+
+inline uint64_t further(uint64_t tile, int bytes) {
+  if (bytes % 16) emulator::fail("further: 16 does not divide it");
+  return tile + static_cast<uint64_t>(bytes >> 4);
 }
 
 inline void products_fence() { emulator::sync_warp(~0u); }
@@ -234,6 +290,13 @@ template <int N> void start_product_e4m3(float (&d)[N / 8][4], uint64_t a, uint6
 
 template <int N> void fewer_registers() {}
 template <int N> void more_registers() {}
+
+template <class Params>
+void launch_clusters(void (*kernel)(Params), int blocks, dim3 grid, dim3 threads, int shared_bytes, const Place&,
+                     const Params& params) {
+  STD_TORCH_CHECK(blocks >= 1 && blocks <= emulator::kLargestCluster && grid.y % blocks == 0, "clusters of ", blocks);
+  emulator::launch([kernel, params] { kernel(params); }, grid, threads, static_cast<size_t>(shared_bytes), blocks);
+}
 
 inline TensorMap tensor_map(const void* data, const uint64_t (&sizes)[4], const uint64_t (&strides)[3],
                             const uint32_t (&box)[4]) {
