@@ -347,8 +347,9 @@ def _one_line(error: object) -> str:
 
 
 def _print(text: str) -> None:
+    encoding = sys.stdout.encoding or "utf-8"  # may not have the characters of prompts: PYTHONIOENCODING, old locales
     try:
-        print(text, flush=True)
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except BrokenPipeError:  # the reader has seen enough, as in `| head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import importlib.util
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -409,7 +410,7 @@ def resolve_path(path: str) -> str:
     """
     prefix, separator, rest = path.partition(":")
     if not separator or prefix not in ("package", "project"):
-        return str(Path(path).expanduser()) if path.startswith("~") else path
+        return os.path.expanduser(path)  # noqa: PTH111 -- Path.expanduser raises where there is no home folder
     if prefix == "project":
         return str(PROJECT_FOLDER / rest)
     package, _, folder = rest.partition("/")

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import json
 import math
 import textwrap
 import types
@@ -110,7 +111,17 @@ def finding(path: str, value: Any, key: Key) -> str:
     expected = expected_words(key)
     if type(value) is int and value not in INT64:
         expected = expected.replace("an integer", "an integer of 64 bits", 1)
+    if not _is_utf8(value):
+        expected = expected.replace("text", "text in UTF-8", 1)
     return f"{path}: {_shown(value)}; expected {expected}; {advice(str(value), choices, otherwise)}"
+
+
+def _is_utf8(value: Any) -> bool:
+    try:
+        str(value).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def out_of_bounds(config: Any, path: str) -> list[str]:
@@ -133,11 +144,13 @@ def convert(hint: Any, value: Any) -> Any:
             return None
         return _first_that_fits([member for member in inner if member is not type(None)], value)
     if hint is Any:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
         return value
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool):
         return _finite(float(value))
     # `cuda: 13.0` and `name=2024` are numbers to YAML, but only text makes sense there.
     if hint is str and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        str(value).encode()  # what was no UTF-8 on the command line can be in no file of the output
         return str(value)
     if hint is bool and type(value) is bool:
         return value

@@ -130,6 +130,9 @@ def find_files(path: str, follow_links: bool = False) -> list[InputFile]:
         names = [(_shown(path, root, file), file) for file in found]
     if not names:
         raise InputError(f"dataset.path: nothing at {shown_url(path)}; expected a file, a folder or a glob with files")
+    for name, _ in names:
+        if name != name.encode(errors="replace").decode():
+            raise InputError(f"dataset.path: {name!a}: its name is not UTF-8; expected one that is; rename it")
     files = [InputFile(name, address, _partitions(name)) for name, address in names]
     return sorted(files, key=lambda file: (_natural(file.name), file.name))
 
