@@ -136,6 +136,8 @@ void linear(const Tensor& x, std::string weights, const Tensor& codes, const std
   split_columns(p, row_tiles, format.costs, place);
   if (tile == format.walking_tile && one_block_sums(p, row_tiles * ceil_div(tokens, tile), format.costs, place))
     p.splits_of_block = p.splits;
+  if (p.x_scales && one_block_sums(p, row_tiles * ceil_div(tokens, tile), format.costs, place))
+    p.splits = 1, p.chunks_of_split = p.num_chunks;  // integers: the same sum in any order
   const int64_t most = tokens_of_launch(p, tokens);
   p.num_tokens = static_cast<int>(most);
   const Tensor partial = sums_of_splits(p, row_tiles, ceil_div(most, tile), tile, x, arrived);

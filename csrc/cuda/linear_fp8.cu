@@ -54,7 +54,6 @@ void linear_fp8(const Tensor& x, const Tensor& codes, const Tensor& scales, cons
   const int tile = fp8_tile(tokens);
   const int64_t tiles = ceil_div(tokens, tile);
   Fp8Params p{};
-  p.splits_of_block = 1;
   if (blocks) {
     STD_TORCH_CHECK(x_scales.dim() == 2 && x_scales.size(1) >= tiles * tile, "x_scales: expected room for ",
                     tiles * tile, " tokens");
@@ -69,6 +68,8 @@ void linear_fp8(const Tensor& x, const Tensor& codes, const Tensor& scales, cons
   p.bias = bias ? bias->const_data_ptr() : nullptr;
   p.out = out.mutable_data_ptr();
   split_columns(p, row_tiles, kCosts, place);
+  const bool together = tile == kFp8LargestTile && one_block_sums(p, row_tiles * tiles, kCosts, place);
+  p.splits_of_block = together ? p.splits : 1;
   const int64_t most = tokens_of_launch(p, tokens);
   p.num_tokens = static_cast<int>(most);
   const Tensor partial = sums_of_splits(p, row_tiles, ceil_div(most, tile), tile, x, arrived);

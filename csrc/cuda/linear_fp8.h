@@ -11,7 +11,8 @@ constexpr int kFp8Rows = 128;    // output features of a block of threads, and o
 constexpr int kFp8Columns = 128;  // input features of a stage, and of a tile of scales
 
 // Tokens of a block of threads, for so many tokens. Scales of tiles have room for whole ones.
-constexpr int fp8_tile(int64_t tokens) { return tokens <= 16 ? 16 : tokens <= 64 ? 64 : 128; }
+constexpr int kFp8LargestTile = 128;
+constexpr int fp8_tile(int64_t tokens) { return tokens <= 16 ? 16 : tokens <= 64 ? 64 : kFp8LargestTile; }
 
 struct Fp8Params {
   const float* scales;    // blocks: [ceil(out_features / 128), chunks]; else [out_features]
@@ -21,7 +22,7 @@ struct Fp8Params {
   void* partial;          // [splits, num_tokens, padded_out] float, unused for one split
   int* arrived;           // [out tiles * token tiles], zero before and after
   int num_tokens, out_features, padded_out, num_chunks, scales_stride, splits, chunks_of_split;
-  int splits_of_block;    // all of them, or 1
+  int splits_of_block;    // all of them, with the largest tile, or 1
 };
 
 // codes: [out_features, in_features], x: [num_tokens, in_features], E4M3, dense, in_features a multiple of 128.

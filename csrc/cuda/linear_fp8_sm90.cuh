@@ -43,9 +43,10 @@ __device__ __forceinline__ void copy_factors(const Fp8Sm90Params& p, unsigned ch
   }
 }
 
-// Grid: (token tiles, row tiles, splits). Threads: a warpgroup of which one thread copies, two that compute. Shared memory:
-// Fp8Shape. Moves the weights once for each tile of tokens. Bits of a token: as product_kernel's, not those of its batch.
-template <class T, int TOKENS, bool BLOCKS>
+// Grid: (token tiles, row tiles, splits, or 1 where blocks take all splits of a tile: WALKS). Threads: a warpgroup of which
+// one thread copies, two that compute. Shared memory: Fp8Shape. Moves the weights once for each tile of tokens. Bits of a
+// token: as product_kernel's, not those of its batch.
+template <class T, int TOKENS, bool BLOCKS, bool WALKS>
 __global__ void __launch_bounds__(Fp8Shape<TOKENS>::kThreads, Fp8Shape<TOKENS>::kBlocks)
     fp8_sm90_kernel(const __grid_constant__ Fp8Sm90Params params) {
   using Shape = Fp8Shape<TOKENS>;
@@ -53,8 +54,8 @@ __global__ void __launch_bounds__(Fp8Shape<TOKENS>::kThreads, Fp8Shape<TOKENS>::
   unsigned char* memory = shared_memory();
   PhaseBarrier* full = reinterpret_cast<PhaseBarrier*>(memory + Shape::kStages * Shape::kStageBytes);
   PhaseBarrier* empty = full + Shape::kStages;
-  const int begin = blockIdx.z * p.chunks_of_split;
-  const int count = min(begin + p.chunks_of_split, p.num_chunks) - begin;
+  const int begin = WALKS ? 0 : blockIdx.z * p.chunks_of_split;
+  const int count = WALKS ? p.num_chunks : min(begin + p.chunks_of_split, p.num_chunks) - begin;
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shape::kStages; ++i) {
       barrier_init(full + i, 1);
@@ -72,7 +73,8 @@ __global__ void __launch_bounds__(Fp8Shape<TOKENS>::kThreads, Fp8Shape<TOKENS>::
 
   const int thread = threadIdx.x - 128, lane = thread % 32, group = thread / 128;
   const int first_token = blockIdx.x * TOKENS, first_row = blockIdx.y * kFp8Rows;
-  float sums[TOKENS / 8][4] = {}, part[TOKENS / 8][4] = {};
+  float sums[TOKENS / 8][4] = {}, part[TOKENS / 8][4] = {}, totals[WALKS ? TOKENS / 8 : 1][4] = {};
+  int left = p.chunks_of_split;  // of the split
   for (int i = 0; i < count; ++i) {
     const int stage = i % Shape::kStages;
     const unsigned char* codes = memory + stage * Shape::kStageBytes + group * 64 * kFp8Columns;
@@ -102,6 +104,14 @@ __global__ void __launch_bounds__(Fp8Shape<TOKENS>::kThreads, Fp8Shape<TOKENS>::
         if constexpr (BLOCKS) sums[n][j] += part[n][j] * (scale * scales[n][j % 2]);
         else sums[n][j] += part[n][j];
       }
+    if constexpr (WALKS) {
+      if (--left && i + 1 < count) continue;
+      left = p.chunks_of_split;
+#pragma unroll
+      for (int n = 0; n < TOKENS / 8; ++n)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) totals[n][j] += sums[n][j], sums[n][j] = 0.0f;
+    }
   }
   const auto sync = [] { sync_some(1, Shape::kGroups * 128); };
   sync();  // all have read the stages
@@ -111,9 +121,10 @@ __global__ void __launch_bounds__(Fp8Shape<TOKENS>::kThreads, Fp8Shape<TOKENS>::
   for (int n = 0; n < TOKENS / 8; ++n)
 #pragma unroll
     for (int j = 0; j < 4; ++j)
-      tile[(n * 8 + lane % 4 * 2 + j % 2) * Shape::kOutStride + thread / 32 * 16 + lane / 4 + j / 2 * 8] = sums[n][j];
+      tile[(n * 8 + lane % 4 * 2 + j % 2) * Shape::kOutStride + thread / 32 * 16 + lane / 4 + j / 2 * 8] =
+          WALKS ? totals[WALKS ? n : 0][j] : sums[n][j];
   sync();
-  const SplitSums own{p.partial, p.arrived + blockIdx.y * gridDim.x + blockIdx.x, p.splits, static_cast<int>(blockIdx.z),
+  const SplitSums own{p.partial, p.arrived + blockIdx.y * gridDim.x + blockIdx.x, WALKS ? 1 : p.splits, static_cast<int>(blockIdx.z),
                       p.num_tokens, p.padded_out, p.out_features, first_token, min(TOKENS, p.num_tokens - first_token),
                       first_row};
   store_sums(own, tile, Shape::kOutStride, reinterpret_cast<int*>(empty + Shape::kStages), thread, Shape::kGroups * 128,
