@@ -41,16 +41,16 @@ template <int bits, bool zeros> void unpack_tile(const char* codes, const float*
   }
 }
 
-// Two strips, step by step.
+// Two strips, step by step: a step's tiles to its place among those of the same lowest bits.
 class Unpacker {
  public:
-  Unpacker(const Product& product, int64_t first, int64_t second, char* to)
-      : codes_(product.codes), bytes_(codes_.tile_bytes()), left_(codes_.steps) {
+  Unpacker(const Product& product, int64_t first, int64_t second, char* const* to, int64_t places)
+      : codes_(product.codes), bytes_(codes_.tile_bytes()), left_(codes_.steps), places_(places) {
     const int64_t strips[2] = {first, second};
     for (int i = 0; i < 2; ++i) {
       from_[i] = product.weight + strips[i] * product.strip_bytes();
       scales_[i] = codes_.scales + strips[i] * codes_.groups * group_size();
-      to_[i] = to + i * product.steps * kTileBytes;
+      to_[i] = to[i];
     }
     run_ = codes_.bits == 8 ? (codes_.zeros ? unpack_tile<8, true> : unpack_tile<8, false>)
                             : (codes_.zeros ? unpack_tile<4, true> : unpack_tile<4, false>);
@@ -58,10 +58,10 @@ class Unpacker {
 
   void step() {
     for (int i = 0; i < 2; ++i) {
-      run_(from_[i], scales_[i], to_[i]);
+      run_(from_[i], scales_[i], to_[i] + (step_ & places_) * kTileBytes);
       from_[i] += bytes_;
-      to_[i] += kTileBytes;
     }
+    ++step_;
     if (--left_ > 0) return;
     for (const float*& scales : scales_) scales += group_size();
     left_ = codes_.steps;
@@ -71,7 +71,7 @@ class Unpacker {
   int64_t group_size() const { return codes_.zeros ? 2 * kStrip : kStrip; }
 
   const GroupedInt& codes_;
-  int64_t bytes_, left_;
+  int64_t bytes_, left_, places_, step_ = 0;
   const char* from_[2];
   const float* scales_[2];
   char* to_[2];

@@ -19,7 +19,7 @@ namespace amx {
 namespace {
 
 constexpr int64_t kBlockRows = 32, kSumBytes = 4096;  // of a block
-constexpr int64_t kLead = 2;                          // steps that tiles are unpacked ahead of their products
+constexpr int64_t kLead = 2, kPlaces = 4;             // steps that tiles are unpacked ahead of their products, and kept
 
 inline __m512 wide(__m256i halves) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)); }
 
@@ -43,9 +43,10 @@ struct Rows {
     else _tile_loadd(tile, at, stride);                               \
   } while (false)
 
-// Two strips of a weight.
+// Two strips of a weight. A step's tiles are at its place: its bits of `places`.
 struct Strips {
   const char *first, *second;
+  int64_t places = ~int64_t{0};
 };
 
 // From sums to results, for two strips: as Product says.
@@ -121,9 +122,10 @@ void multiply_rows(const Rows& rows, Strips strips, int64_t steps, char* sums, P
     for (int64_t step = 0; step < std::min(kLead, steps); ++step) unpacker.step();
   for (int64_t step = 0; step < steps; ++step) {
     LOAD_TILE(Passing::rows, 4, x, rows.stride);
-    LOAD_TILE(Passing::strips, 6, strips.first, 64);
+    const int64_t place = (step & strips.places) * kTileBytes;
+    LOAD_TILE(Passing::strips, 6, strips.first + place, 64);
     MULTIPLY_TILES(0, 4, 6);
-    LOAD_TILE(Passing::strips, 7, strips.second, 64);
+    LOAD_TILE(Passing::strips, 7, strips.second + place, 64);
     MULTIPLY_TILES(1, 4, 7);
     for (int i = 0; i < ahead; ++i) _mm_prefetch(coming.first + i * 64, _MM_HINT_T1);
     for (int i = 0; i < ahead; ++i) _mm_prefetch(coming.second + i * 64, _MM_HINT_T1);
@@ -136,7 +138,6 @@ void multiply_rows(const Rows& rows, Strips strips, int64_t steps, char* sums, P
     }
     before.store<number, act, gated>(stored);
     x += rows.step;
-    strips = {strips.first + kTileBytes, strips.second + kTileBytes};
     coming = {coming.first + ahead * 64, coming.second + ahead * 64};
   }
   _tile_stored(0, sums, 64);
@@ -186,12 +187,15 @@ void multiply_blocks(const Product& product, int64_t first_row, int64_t last_row
   // Together the blocks of rows ask for as many lines as they use. Many of them are slowed more than memory gains.
   const int64_t blocks = (last_row - first_row + kBlockRows - 1) / kBlockRows;
   const int ahead = blocks >= 16 ? 0 : static_cast<int>(product.tile_bytes() / 64 / blocks);
+  // What one block of rows takes once stays in the nearest cache.
+  char* const places[2] = {unpacked, unpacked + product.steps * kTileBytes};
+  const Strips kept{places[0], places[1], blocks == 1 ? kPlaces - 1 : ~int64_t{0}};
   Epilogue epilogues[2] = {Epilogue(product, first), Epilogue(product, first)};
   Pending before{};
   int64_t turn = 0;
   for (int64_t block = first; block < last; ++block) {
-    const Strips strips = codes ? Strips{unpacked, unpacked + product.steps * kTileBytes} : strips_of(product, block);
-    Unpacker unpacker(product, first_strip(product, block), second_strip(product, block), unpacked);
+    const Strips strips = codes ? kept : strips_of(product, block);
+    Unpacker unpacker(product, first_strip(product, block), second_strip(product, block), places, kept.places);
     Strips coming = strips_of(product, block + 1);
     const Epilogue& epilogue = epilogues[block % 2] = Epilogue(product, block);
     for (int64_t row = first_row; row <= last_begin; row += kBlockRows) {
