@@ -25,12 +25,14 @@ from torch import Tensor
 
 from engines.batch import Batch
 from engines.ops.kv_cache import KVCache, LatentCache, QuantizedKVCache
-from engines.triton.flash import LOG2_E, attend_range, load_parts, store_rows
-from engines.triton.launch import GENERIC, capability, dense_rows, power_of_two
+from engines.triton.flash import LOG2_E, attend_range, decode_part, load_parts, store_rows
+from engines.triton.launch import GENERIC, capability, dense_rows, power_of_two, processors
 
 SPLIT = 256
 """Fewest keys of a part: 64 KiB of keys and values of one head, which hides the start of a program."""
 MAX_SPLITS = 64
+PROGRAMS, LEAST_PROGRAMS = 16, 4
+"""Of a decode step: for each multiprocessor, and for each sequence and KV head (programs_of)."""
 LEAST_SPLIT, MOST_SPLITS = tl.constexpr(SPLIT), tl.constexpr(MAX_SPLITS)
 
 
@@ -55,7 +57,7 @@ def prefill_tiles(sm: tuple[int, int], itemsize: int, head_dim: int, kind: str =
     if sm == GENERIC:
         return Tiles(64, 64, 4, 1)
     if itemsize == 4 or sm < (8, 0):
-        return Tiles(32, 32, 4, 2)
+        return Tiles(32, 16 if itemsize == 4 and head_dim > 128 else 32, 4, 2)
     if sm[0] in (9, 10):
         if head_dim > 128:
             return Tiles(128, 32, 8, 2) if kind == "plain" else Tiles(64, 64, 8, 2)
@@ -199,7 +201,7 @@ def splits_of(length: tl.tensor, window: tl.tensor, WINDOW: tl.constexpr, BLOCK_
     return low, part
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def decode_kernel(
     q_ptr: tl.tensor,
     k_ptr: tl.tensor,
@@ -225,6 +227,7 @@ def decode_kernel(
     window: tl.tensor,
     scale: tl.tensor,
     softcap: tl.tensor,
+    splits: tl.tensor,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     D: tl.constexpr,
@@ -238,8 +241,10 @@ def decode_kernel(
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     SINKS: tl.constexpr,
+    SHARED: tl.constexpr,
 ) -> None:
-    """Grid: [num_seqs, KV_HEADS * cdiv(GROUP, BLOCK_M), splits]; sequences without exactly one new token are left out.
+    """Grid: [num_seqs, KV_HEADS * cdiv(GROUP, BLOCK_M), programs], which take a sequence's parts in turn (SHARED;
+    else there is one for each part); sequences without exactly one new token are left out.
 
     parts: [num_seqs, num_heads, splits, D] float32, each divided by its own sum; sums: [num_seqs, num_heads, splits]
     float32, log-sum-exp in base 2. A sequence of a single part is written to out.
@@ -253,40 +258,29 @@ def decode_kernel(
         return
     length = tl.load(lens_ptr + seq)
     low, part = splits_of(length, window, WINDOW, BLOCK_N)
-    first = low + split * part
-    if first >= length:
+    if low + split * part >= length:
         return
-    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    inside = rows < GROUP
-    heads = kv_head * GROUP + rows
-    q_at = begin.to(tl.int64) * q_token_stride + heads * q_head_stride
-    q0, q1 = load_parts(q_ptr, q_at, inside, D, D0, D1, NEXT, KIND, True)
     k_ptr += kv_head * k_head_stride
     v_ptr += kv_head * v_head_stride
+    table_ptr = tables_ptr + seq.to(tl.int64) * table_stride
     if KIND != "plain" and KIND != "latent":
         k_scales_ptr += kv_head * BLOCK_SIZE * (1 if KIND == "fp8" else 2)
         v_scales_ptr += kv_head * BLOCK_SIZE * (1 if KIND == "fp8" else 2)
-    most = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    if SINKS:  # noqa: SIM102 (a constant, and a number of the device)
-        if split == 0:
-            most = tl.load(sinks_ptr + heads, mask=inside, other=0.0).to(tl.float32) * LOG2_E
-            total += 1.0
-    acc0, acc1, most, total = attend_range(
-        first, tl.minimum(first + part, length), length - 1, length - 1, most, total, q0, q1, length - 1 + rows * 0,
-        k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, tables_ptr + seq.to(tl.int64) * table_stride,
-        k_block_stride, v_block_stride, k_slot_stride, v_slot_stride, window, scale, softcap,
-        KV_HEADS, D, D0, D1, NEXT, BLOCK_M, BLOCK_N, BLOCK_SIZE, KIND, True, WINDOW, SOFTCAP,
-    )  # fmt: skip
-    share = (1.0 / total)[:, None]
-    width: tl.constexpr = NEXT if KIND == "latent" else D
-    if length - low <= part:
-        out_at = (begin.to(tl.int64) * (KV_HEADS * GROUP) + heads) * width
-        store_rows(out_ptr, out_at, inside, acc0 * share, acc1 * share, D, D0, D1, NEXT, KIND)
+    if SHARED:
+        for split in range(tl.program_id(2), tl.cdiv(length - low, part), tl.num_programs(2)):
+            decode_part(
+                split, low, part, length, begin, seq, kv_head, tile, q_ptr, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr,
+                out_ptr, parts_ptr, sums_ptr, table_ptr, sinks_ptr, q_token_stride, q_head_stride, k_block_stride,
+                v_block_stride, k_slot_stride, v_slot_stride, window, scale, softcap, splits, KV_HEADS, GROUP, D, D0,
+                D1, NEXT, BLOCK_M, BLOCK_N, BLOCK_SIZE, KIND, WINDOW, SOFTCAP, SINKS,
+            )  # fmt: skip
     else:
-        at = (seq.to(tl.int64) * (KV_HEADS * GROUP) + heads) * tl.num_programs(2) + split
-        store_rows(parts_ptr, at * width, inside, acc0 * share, acc1 * share, D, D0, D1, NEXT, KIND)
-        tl.store(sums_ptr + at, most + tl.log2(total), mask=inside)
+        decode_part(
+            split, low, part, length, begin, seq, kv_head, tile, q_ptr, k_ptr, v_ptr, k_scales_ptr, v_scales_ptr,
+            out_ptr, parts_ptr, sums_ptr, table_ptr, sinks_ptr, q_token_stride, q_head_stride, k_block_stride,
+            v_block_stride, k_slot_stride, v_slot_stride, window, scale, softcap, splits, KV_HEADS, GROUP, D, D0, D1,
+            NEXT, BLOCK_M, BLOCK_N, BLOCK_SIZE, KIND, WINDOW, SOFTCAP, SINKS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["splits"])
@@ -336,8 +330,18 @@ def halves(head_dim: int) -> tuple[int, int]:
 
 
 def num_splits(max_seqlen: int) -> int:
-    """Parts of the longest sequence: the extent of the grid, which may be larger than any sequence needs."""
+    """Parts of the longest sequence that there may be: room for their results."""
     return max(1, min(MAX_SPLITS, -(-max_seqlen // SPLIT)))
+
+
+def programs_of(splits: int, num_tiles: int, num_processors: int) -> int:
+    """Programs that share the parts of one of `num_tiles` tiles, a sequence's of a KV head. Bits do not depend on it.
+
+    A captured step knows only how long a sequence may become. Estimated, not measured: a program without a part takes a
+    multiprocessor 0.1 us, so with 64 for each of 256 sequences' 8 heads, of 4 parts each, 132 multiprocessors would
+    spend 90 us a layer on them, and 370 us on the keys. PROGRAMS for each come to 2 us, LEAST_PROGRAMS to 6.
+    """
+    return min(splits, max(LEAST_PROGRAMS, -(-PROGRAMS * num_processors // num_tiles)))
 
 
 @dataclass(frozen=True)
@@ -520,7 +524,10 @@ def _decode(q: Tensor, keys: Keys, out: Tensor, batch: Batch, scores: Scores) ->
     parts = torch.empty((seqs, num_heads, splits, out.shape[2]), dtype=torch.float32, device=q.device)
     sums = torch.empty((seqs, num_heads, splits), dtype=torch.float32, device=q.device)
     first, second, following = keys.parts(head_dim)
-    decode_kernel[(batch.num_seqs, keys.num_heads * triton.cdiv(group, tiles.block_m), splits)](
+    heads = keys.num_heads * triton.cdiv(group, tiles.block_m)
+    shared = keys.kind == "plain" and not second  # others have no registers left for a loop: 255 and spilled
+    programs = programs_of(splits, batch.num_seqs * heads, processors(q.device)) if shared else splits
+    decode_kernel[(batch.num_seqs, heads, programs)](
         q,
         keys.k,
         keys.v,
@@ -539,6 +546,7 @@ def _decode(q: Tensor, keys: Keys, out: Tensor, batch: Batch, scores: Scores) ->
         window,
         scores.scale,
         scores.softcap,
+        splits,
         KV_HEADS=keys.num_heads,
         GROUP=group,
         D=head_dim,
@@ -552,6 +560,7 @@ def _decode(q: Tensor, keys: Keys, out: Tensor, batch: Batch, scores: Scores) ->
         WINDOW=window > 0,
         SOFTCAP=scores.softcap > 0,
         SINKS=scores.sinks is not None,
+        SHARED=shared,
         num_warps=tiles.num_warps,
         num_stages=tiles.num_stages,
     )

@@ -1,4 +1,4 @@
-"""The part of attention that all its kernels share: online softmax of a tile of queries over a range of keys.
+"""Tiles of attention: online softmax of a tile of queries over a range of keys, and a decoding sequence's part of them.
 
 Names and shapes are those of engines/triton/attention.py. KIND is what the cache holds:
 
@@ -292,3 +292,45 @@ def store_rows(
         more = NEXT + STEP * tl.arange(0, D1)
         to = ptr + at[:, None] + more[None, :]
         tl.store(to, value1.to(ptr.dtype.element_ty), mask=mask[:, None] & (more < D)[None, :])
+
+
+@triton.jit
+def decode_part(
+    split: tl.tensor, low: tl.tensor, part: tl.tensor, length: tl.tensor, begin: tl.tensor, seq: tl.tensor,
+    kv_head: tl.tensor, tile: tl.tensor, q_ptr: tl.tensor, k_ptr: tl.tensor, v_ptr: tl.tensor,
+    k_scales_ptr: tl.tensor, v_scales_ptr: tl.tensor, out_ptr: tl.tensor, parts_ptr: tl.tensor, sums_ptr: tl.tensor,
+    table_ptr: tl.tensor, sinks_ptr: tl.tensor, q_token_stride: tl.tensor, q_head_stride: tl.tensor,
+    k_block_stride: tl.tensor, v_block_stride: tl.tensor, k_slot_stride: tl.tensor, v_slot_stride: tl.tensor,
+    window: tl.tensor, scale: tl.tensor, softcap: tl.tensor, splits: tl.tensor, KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, NEXT: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SIZE: tl.constexpr, KIND: tl.constexpr, WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr, SINKS: tl.constexpr,
+) -> None:  # fmt: skip
+    """One part of a decoding sequence's keys for one tile of its heads; k_ptr and v_ptr are the KV head's."""
+    first = low + split * part
+    rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    inside = rows < GROUP
+    heads = kv_head * GROUP + rows
+    q_at = begin.to(tl.int64) * q_token_stride + heads * q_head_stride
+    q0, q1 = load_parts(q_ptr, q_at, inside, D, D0, D1, NEXT, KIND, True)
+    most = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    if SINKS:  # noqa: SIM102 (a constant, and a number of the device)
+        if split == 0:
+            most = tl.load(sinks_ptr + heads, mask=inside, other=0.0).to(tl.float32) * LOG2_E
+            total += 1.0
+    acc0, acc1, most, total = attend_range(
+        first, tl.minimum(first + part, length), length - 1, length - 1, most, total, q0, q1, length - 1 + rows * 0,
+        k_ptr, v_ptr, k_scales_ptr, v_scales_ptr, table_ptr,
+        k_block_stride, v_block_stride, k_slot_stride, v_slot_stride, window, scale, softcap,
+        KV_HEADS, D, D0, D1, NEXT, BLOCK_M, BLOCK_N, BLOCK_SIZE, KIND, True, WINDOW, SOFTCAP,
+    )  # fmt: skip
+    share = (1.0 / total)[:, None]
+    width: tl.constexpr = NEXT if KIND == "latent" else D
+    if length - low <= part:
+        out_at = (begin.to(tl.int64) * (KV_HEADS * GROUP) + heads) * width
+        store_rows(out_ptr, out_at, inside, acc0 * share, acc1 * share, D, D0, D1, NEXT, KIND)
+    else:
+        at = (seq.to(tl.int64) * (KV_HEADS * GROUP) + heads) * splits + split
+        store_rows(parts_ptr, at * width, inside, acc0 * share, acc1 * share, D, D0, D1, NEXT, KIND)
+        tl.store(sums_ptr + at, most + tl.log2(total), mask=inside)

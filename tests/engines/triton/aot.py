@@ -171,7 +171,12 @@ def decoding(
     sm: tuple[int, int], name: str, heads: dict[str, Any], group: int, types: dict[str, str] | None = None
 ) -> Build:
     tiles = attention.decode_tiles(sm, 2, heads["D"], group, heads["KIND"])
-    own = {**heads, "BLOCK_M": tiles.block_m, "BLOCK_N": tiles.block_n}
+    own = {
+        **heads,
+        "BLOCK_M": tiles.block_m,
+        "BLOCK_N": tiles.block_n,
+        "SHARED": heads["KIND"] == "plain" and not heads["D1"],
+    }
     return f"decode {name}", attention.decode_kernel, own, types or {}, tiles.num_warps, tiles.num_stages
 
 

@@ -36,7 +36,7 @@ MOST_PROGRAMS = (2**31 - 1, 65535, 65535)
 SHARED = {70: 96 << 10, 75: 64 << 10, 80: 163 << 10, 90: 227 << 10, 120: 99 << 10}
 """Bytes of shared memory that a program may have, by compute capability (the same table)."""
 PROCESSORS = 132
-"""Of an H200, where the number decides how products are split."""
+"""Of an H200, where the number decides how products and keys are split."""
 
 
 class Absent(DriverBase):  # type: ignore[misc]
@@ -130,7 +130,8 @@ def noted(sm: int) -> Iterator[dict[Any, Variant]]:
         patch.setattr(JITFunction, "_do_compile", do_compile)
         for module in ("launch", "linear", "attention", "moe"):
             patch.setattr(f"engines.triton.{module}.capability", lambda device: divmod(sm, 10))
-        patch.setattr("engines.triton.linear.processors", lambda device: PROCESSORS)
+        for module in ("linear", "attention"):
+            patch.setattr(f"engines.triton.{module}.processors", lambda device: PROCESSORS)
         patch.setattr("engines.triton.sampling.has_float64", lambda device_type: True)
         yield found
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 
 from engines.ops import OpSet as Reference
 from engines.ops import origin
+from engines.triton import attention
 from engines.triton.opset import OpSet
 from tests import attention_cases
 from tests.cases import FLOATS, Case, call, cases, convert
@@ -92,6 +94,29 @@ def test_bits_of_a_decoding_sequence_do_not_depend_on_the_batch(ops: Reference, 
         block_tables=batch.block_tables[:1] if batch.block_tables is not None else None,
     )  # fmt: skip
     assert_bitwise_equal(ops.paged_attention(given.q[:1], given.cache, alone, 0.2), together[:1])
+
+
+@pytest.mark.parametrize("window", [0, 600])
+def test_bits_do_not_depend_on_how_many_programs_share_the_parts(
+    ops: Reference, monkeypatch: pytest.MonkeyPatch, window: int
+) -> None:
+    """In a grid for much longer sequences too, as captured steps have it."""
+    own = attention_cases.Case(
+        "some", lens=(700, 200), new=(1, 1), num_heads=2, num_kv_heads=1, window=window, sinks=True
+    )
+    given = attention_cases.make(own, torch.bfloat16)
+    found = []
+    for programs, longest in ((1, 700), (2, 700), (3, 700), (2, 16_000)):
+        monkeypatch.setattr(attention, "programs_of", lambda *sizes, least=programs: least)
+        batch = replace(given.batch, max_seqlen_k=longest)
+        found.append(ops.paged_attention(given.q, given.cache, batch, 0.2, **own.options()))
+    for other in found[1:]:
+        assert_bitwise_equal(other, found[0])
+
+
+@pytest.mark.parametrize("splits, tiles, programs", [(64, 8, 64), (64, 128, 17), (64, 2048, 4), (3, 8, 3), (1, 1, 1)])
+def test_programs_of_a_decode_step(splits: int, tiles: int, programs: int) -> None:
+    assert attention.programs_of(splits, tiles, 132) == programs
 
 
 def test_bits_do_not_depend_on_where_a_prompt_is_cut(ops: Reference) -> None:
