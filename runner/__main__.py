@@ -19,6 +19,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import yaml
@@ -50,7 +51,14 @@ INTERNAL_ERROR = 70
 def main() -> None:
     """The console script and `python -m runner`. Exits with 0 or a code of runner/errors.py."""
     limit_spinning()
+    signal.signal(signal.SIGTERM, _leave)
     sys.exit(command_line(sys.argv[1:]))
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """SIGTERM where no job heeds it (runner/stop.py): before the folder is claimed, or a second one on the way out."""
+    os.write(2, f"stopped by {signal.Signals(number).name}; run the same command again to go on\n".encode())
+    os._exit(Interrupted.exit_code)
 
 
 def command_line(argv: Sequence[str]) -> int:

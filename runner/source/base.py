@@ -53,7 +53,8 @@ class FileSource(ABC):
         self.dataset = dataset
         self.files = files
         self._by_name = {file.name: file for file in files}
-        self._unchanged: set[tuple[str, str]] = set()
+        self._stamps: dict[tuple[str, str], tuple[int, ...] | None] = {}
+        """Of each file and identity, as they were when they last agreed."""
         try:
             self._file_schema = _plain_schema(self.infer_schema(), files[0].name)
         except UNREADABLE as error:
@@ -118,6 +119,7 @@ class FileSource(ABC):
             )
         needed = list(dict.fromkeys([*wanted, *(self._filter.columns if self._filter else ())]))
         table = self._table(file, chunk, needed)
+        self._checked(chunk)
         if self._filter is not None:
             keep = self._filter.expression
             if ERROR_COLUMN in table.schema.names:
@@ -162,13 +164,14 @@ class FileSource(ABC):
         file = self._by_name.get(chunk.file)
         if file is None:
             raise InputError(f"{chunk.file}: is no longer part of the input; expected the files it had; restore it")
-        if (chunk.file, chunk.file_id) not in self._unchanged:
+        known, stamp = (chunk.file, chunk.file_id), file.stamp()
+        if known not in self._stamps or stamp not in (None, self._stamps[known]):
             if file.identity() != chunk.file_id:
                 raise InputError(
                     f"{chunk.file}: its content has changed; expected what chunk {chunk.index} was made from; restore "
                     "the file, or start a new job (on_change=new or another name)"
                 )
-            self._unchanged.add((chunk.file, chunk.file_id))
+            self._stamps[known] = stamp
         return file
 
     def _table(self, file: InputFile, chunk: Chunk, columns: list[str]) -> pa.Table:

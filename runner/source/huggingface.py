@@ -93,6 +93,9 @@ class _Streamed(InputFile):
     def identity(self) -> str:
         return self.digest
 
+    def stamp(self) -> None:
+        return None
+
 
 class StreamedSource(FileSource):
     """Rows of a data set by name."""

@@ -71,6 +71,17 @@ class InputFile:
         file = self.open()
         return file if self.compression is None else pa.CompressedInputStream(file, self.compression)
 
+    def stamp(self) -> tuple[int, int, int] | None:
+        """What differs once somebody has written to a local file: its number, size and time. None for others, and for
+        one that is gone: what is open can still be read."""
+        if is_url(self.address):
+            return None
+        try:
+            found = local_path(self.address).stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
     def identity(self) -> str:
         """Digest of the file's size, first 64 KiB and last 64 KiB (xxh3-128, hexadecimal). Raises InputError."""
         with self.open() as file:

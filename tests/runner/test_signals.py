@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,28 @@ def test_a_second_ctrl_c_leaves_at_once(folder: Path) -> None:
     os.kill(process.pid, signal.SIGINT)
     process.join(20)
     assert process.exitcode == 75 and time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("heeded", ["os.kill(os.getpid(), signal.SIGTERM)", "stop_a_job()"])
+def test_a_signal_that_no_job_heeds_is_exit_code_75_too(heeded: str) -> None:
+    """Before there is a job, and a second one after it."""
+    script = f"""
+import os, signal, time
+from types import SimpleNamespace
+import runner.__main__ as cli
+from runner.stop import Stop
+
+def stop_a_job():
+    with Stop(SimpleNamespace(grace_s=60.0, max_runtime_s=None), 0.0):
+        os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+cli.command_line = lambda arguments: {heeded}
+cli.main()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 75
+    assert done.stderr == "stopped by SIGTERM; run the same command again to go on\n"
 
 
 def _hanging(folder: Path, **changes: Any) -> Any:

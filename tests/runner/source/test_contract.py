@@ -6,6 +6,7 @@ import json
 import pkgutil
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -195,6 +196,22 @@ def test_changed_file_is_refused_by_name(dataset: DatasetConfig) -> None:
     with pytest.raises(InputError, match="its content has changed") as error:
         source.read(chunk, None)
     assert file.name in str(error.value)
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(dataset: DatasetConfig) -> None:
+    source = open_source(replace(dataset, chunk_rows=2))
+    chunks = source.chunks()
+    first, second = next(chunks), next(chunks)
+    source.read(first, None)
+    folder = Path(dataset.path)
+    file = next(folder.glob("*.arrow")) if folder.is_dir() else folder
+    file.touch()
+    assert source.read(first, None).num_rows == 2
+    data = file.read_bytes()
+    with file.open("ab") as stream:
+        stream.write(data)
+    with pytest.raises(InputError, match="its content has changed"):
+        source.read(second, None)
 
 
 def _with(dataset: DatasetConfig, **changes: Any) -> DatasetConfig:
