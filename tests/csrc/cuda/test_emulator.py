@@ -32,6 +32,8 @@ UNSEEN = {
     ("latent_attention.cuh", 0): "emulated lanes meet in the shuffles anyway",
     ("latent_attention.cuh", 5): "no order here keeps a warp waiting until all other blocks have finished",
     ("latent_attention.cuh", 6): "what lies in is_last before means yes: rows are stored twice, the right ones last",
+    ("product_sm90.cuh", 6): "no order here keeps a warp waiting until all other blocks have finished",
+    ("product_sm90.cuh", 13): "emulated lanes arrive one by one",
 }
 """Barriers that the GPU needs and the emulator does not miss."""
 OPS_OF = {
