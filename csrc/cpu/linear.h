@@ -35,7 +35,7 @@ struct Product {
   const char* bias;       // [n] bfloat16, or null
   const float* scales;    // s8: [n], of the weight's outputs
   const float* x_scales;  // s8: [rows]
-  GroupedInt codes;            // of a bf16 weight that is no tiles
+  GroupedInt codes;       // of a bf16 weight that is no tiles
   char* out;              // [rows][n], gated: [rows][n / 2]; bfloat16, contiguous
   int64_t n, steps;       // the weight's outputs; ceil(k / kStepInputs)
   bool activated, gated;
