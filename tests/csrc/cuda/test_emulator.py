@@ -34,6 +34,7 @@ UNSEEN = {
     ("latent_attention.cuh", 6): "what lies in is_last before means yes: rows are stored twice, the right ones last",
     ("product_sm90.cuh", 6): "no order here keeps a warp waiting until all other blocks have finished",
     ("product_sm90.cuh", 13): "emulated lanes arrive one by one",
+    ("product_sm90.cuh", 14): "no order here keeps a warp waiting until the other block of its cluster has ended",
 }
 """Barriers that the GPU needs and the emulator does not miss."""
 OPS_OF = {
