@@ -1,7 +1,8 @@
 """JSON Lines, plain or compressed with gzip, zstd or bz2: one object a line. Row numbers are line numbers, from 0.
 
 A line that is not a JSON object, and a value that is not of its column's type, make an error row; blank lines are no
-rows. Types come from the first 10,000 rows of the first file and the first 200 of some others.
+rows. Integers beyond 64 bits become doubles, as in most readers: long identifiers are to be strings. Types come from
+the first 10,000 rows of the first file and the first 200 of some others.
 """
 
 from __future__ import annotations
