@@ -15,6 +15,15 @@ void write_key(char* block, int64_t block_size, int64_t slot, const char* key, i
     for (int64_t i = 0; i < 16; ++i) __builtin_memcpy(to + i * 64, key + i * 4, 4);
 }
 
+// 32 numbers of each of 16 keys; zeros for those from `count` on.
+void write_keys_tile(char* to, const char* keys, int64_t stride, int64_t count) {
+  __m512i rows[kPackedKeys];
+  for (int i = 0; i < kPackedKeys; ++i)
+    rows[i] = i < count ? _mm512_loadu_si512(keys + i * stride) : _mm512_setzero_si512();
+  transpose(rows);
+  for (int i = 0; i < kPackedKeys; ++i) _mm512_store_si512(to + i * 64, rows[i]);
+}
+
 void write_value(char* block, int64_t slot, const char* value, int64_t D) {
   char* to = block + slot / kPackedValues * (D / 16) * kPackedTile + slot % kPackedValues / 2 * 64 + slot % 2 * 2;
   for (int64_t d = 0; d < D; d += 16, value += 32, to += kPackedTile)
@@ -34,13 +43,8 @@ void pack_keys(char* to, const char* keys, int64_t stride, int64_t count, int64_
   const int64_t groups = (count + kPackedValues - 1) / kPackedValues * (kPackedValues / kPackedKeys);
   for (int64_t d = 0; d < D / 32; ++d)
     for (int64_t g = 0; g < groups; ++g, to += kPackedTile) {
-      __m512i rows[16];
-      for (int i = 0; i < 16; ++i) {
-        const int64_t key = g * kPackedKeys + i;
-        rows[i] = key < count ? _mm512_loadu_si512(keys + key * stride + d * 64) : _mm512_setzero_si512();
-      }
-      transpose(rows);
-      for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 64, rows[i]);
+      const int64_t first = g * kPackedKeys;
+      write_keys_tile(to, keys + first * stride + d * 64, stride, count - first);
     }
 }
 
@@ -71,12 +75,8 @@ void write_keys(char* block, int64_t block_size, int64_t slot, const char* keys,
       continue;
     }
     char* to = block + at / kPackedKeys * kPackedTile;
-    for (int64_t d = 0; d < D / 32; ++d, to += block_size / kPackedKeys * kPackedTile) {
-      __m512i rows[16];
-      for (int i = 0; i < 16; ++i) rows[i] = _mm512_loadu_si512(key + i * stride + d * 64);
-      transpose(rows);
-      for (int i = 0; i < 16; ++i) _mm512_store_si512(to + i * 64, rows[i]);
-    }
+    for (int64_t d = 0; d < D / 32; ++d, to += block_size / kPackedKeys * kPackedTile)
+      write_keys_tile(to, key + d * 64, stride, kPackedKeys);
     done += kPackedKeys;
   }
 }
