@@ -39,9 +39,8 @@ std::tuple<Tensor, Tensor> quantize_rows(const Tensor& x, const std::optional<Te
 }
 
 void rescale_rows(const Tensor& sums, const Tensor& scales, const std::optional<Tensor>& bias, const Tensor& out) {
-  STD_TORCH_CHECK(sums.dim() == 2 && sums.is_contiguous() &&
-                      (sums.scalar_type() == ScalarType::Float || sums.scalar_type() == out.scalar_type()),
-                  "sums: expected contiguous rows of float32 or out's dtype");
+  STD_TORCH_CHECK(sums.dim() == 2 && sums.is_contiguous() && sums.scalar_type() == ScalarType::Float,
+                  "sums: expected contiguous rows of float32");
   STD_TORCH_CHECK(scales.is_contiguous() && scales.scalar_type() == ScalarType::Float && scales.numel() == sums.size(0),
                   "scales: expected a float32 for each row");
   STD_TORCH_CHECK(out.dim() == 2 && out.is_contiguous() && out.size(0) == sums.size(0) && out.size(1) == sums.size(1),
@@ -49,8 +48,7 @@ void rescale_rows(const Tensor& sums, const Tensor& scales, const std::optional<
   Rescale what{};
   what.type = type_of(out, "out");
   what.size = sums.size(1);
-  what.wide = sums.scalar_type() == ScalarType::Float;
-  what.sums = sums.const_data_ptr();
+  what.sums = static_cast<const float*>(sums.const_data_ptr());
   what.scales = static_cast<const float*>(scales.const_data_ptr());
   if (bias) {
     STD_TORCH_CHECK(bias->is_contiguous() && bias->scalar_type() == out.scalar_type() && bias->numel() == what.size,

@@ -18,9 +18,8 @@ struct Quantize {
 
 struct Rescale {
   Type type;               // of bias and out
-  bool wide;               // whether sums are float32, whatever the type
   int64_t size;
-  const void* sums;        // contiguous; may be out
+  const float* sums;       // contiguous
   const float* scales;     // one a row
   const void* bias;        // null: none
   void* out;               // contiguous

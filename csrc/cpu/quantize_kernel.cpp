@@ -49,15 +49,15 @@ template <Type type> void quantize(const Quantize& what, int64_t first, int64_t 
   }
 }
 
-template <Type type, Type from> void rescale(const Rescale& what, int64_t first, int64_t last) {
+template <Type type> void rescale(const Rescale& what, int64_t first, int64_t last) {
   constexpr int bytes = kBytes<type>;
   const char* bias = static_cast<const char*>(what.bias);
   for (int64_t row = first; row < last; ++row) {
-    const char* sums = static_cast<const char*>(what.sums) + row * what.size * kBytes<from>;
+    const char* sums = reinterpret_cast<const char*>(what.sums + row * what.size);
     char* out = static_cast<char*>(what.out) + row * what.size * bytes;
     for (int64_t i = 0; i < what.size; i += W) {
       const int64_t left = what.size - i;
-      Float value = load_some<from>(sums + i * kBytes<from>, left) * what.scales[row];
+      Float value = load_some<Type::f32>(sums + i * kBytes<Type::f32>, left) * what.scales[row];
       if (bias) value += load_some<type>(bias + i * bytes, left);
       store_some<type>(out + i * bytes, value, left);
     }
@@ -76,13 +76,9 @@ void quantize_rows(const Quantize& what, int64_t first, int64_t last) {
 
 void rescale_rows(const Rescale& what, int64_t first, int64_t last) {
   switch (what.type) {
-    case Type::f32: return rescale<Type::f32, Type::f32>(what, first, last);
-    case Type::f16:
-      return what.wide ? rescale<Type::f16, Type::f32>(what, first, last)
-                       : rescale<Type::f16, Type::f16>(what, first, last);
-    case Type::bf16:
-      return what.wide ? rescale<Type::bf16, Type::f32>(what, first, last)
-                       : rescale<Type::bf16, Type::bf16>(what, first, last);
+    case Type::f32: return rescale<Type::f32>(what, first, last);
+    case Type::f16: return rescale<Type::f16>(what, first, last);
+    case Type::bf16: return rescale<Type::bf16>(what, first, last);
   }
 }
 

@@ -111,10 +111,7 @@ def _pack_codes(weight: GroupedIntWeight) -> PackedWeight:
 
 
 def linear(x: Inputs, weight: LinearWeight) -> Tensor:
-    """As the reference, but that oneDNN's sums of integers for bfloat16 are rounded before and after the token's scale.
-
-    A token's bits do not depend on the others, but for float32 that is not packed.
-    """
+    """As the reference. A token's bits do not depend on the others, but for float32 that is not packed."""
     data = weight.data
     if isinstance(data, Int8Weight):
         return reference.linear(x, weight)
@@ -146,21 +143,16 @@ def _int8_linear(x: Tensor, weight: PackedInt8, bias: Tensor | None, out_feature
     if x.shape[0] == 0:
         return x.new_empty(0, out_features)
     codes, scales = torch.ops.cpu_ops.quantize_rows(x, weight.input_scale)
-    if x.dtype == torch.bfloat16 and bias is None:
-        # Rounded here, and once more with the token's scale: less than the inputs were, and half the bytes.
-        out = _sums(codes, weight, torch.bfloat16)
-        torch.ops.cpu_ops.rescale_rows(out, scales, None, out)
-        return out
     out = x.new_empty(x.shape[0], out_features)
     for rows, scale, part in zip(codes.split(INT8_ROWS), scales.split(INT8_ROWS), out.split(INT8_ROWS), strict=True):
-        torch.ops.cpu_ops.rescale_rows(_sums(rows, weight, torch.float32), scale, bias, part)
+        torch.ops.cpu_ops.rescale_rows(_sums(rows, weight), scale, bias, part)
     return out
 
 
-def _sums(codes: Tensor, weight: PackedInt8, dtype: torch.dtype) -> Tensor:
-    """Sums of integers, exact, times the weight's scales, rounded to dtype."""
+def _sums(codes: Tensor, weight: PackedInt8) -> Tensor:
+    """Sums of integers, exact, times the weight's scales, in float32."""
     made: Tensor = torch.ops.onednn.qlinear_pointwise(
-        codes, 1.0, 0, weight.data, weight.scales, weight.zeros, None, 1.0, 0, dtype, "none", [], ""
+        codes, 1.0, 0, weight.data, weight.scales, weight.zeros, None, 1.0, 0, torch.float32, "none", [], ""
     )
     return made
 
