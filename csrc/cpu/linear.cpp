@@ -54,7 +54,8 @@ void pack_line(uint8_t* to, const uint8_t* codes, int64_t bits, int64_t n, int64
 
 Tensor pack_codes(const Tensor& codes, int64_t bits) {
   STD_TORCH_CHECK(packs_weights(), "packed weights: this machine has no matrix unit (AMX)");
-  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.dim() == 2 && codes.is_contiguous() && (bits == 8 || bits == 4),
+  STD_TORCH_CHECK(codes.scalar_type() == ScalarType::Byte && codes.dim() == 2 && codes.is_contiguous() &&
+                      (bits == 8 || bits == 4),
                   "codes: expected a contiguous matrix of uint8, of 4 or 8 bits");
   Product product{};
   product.codes.bits = bits;
@@ -76,7 +77,8 @@ Tensor pack_codes(const Tensor& codes, int64_t bits) {
 Tensor linear_packed(const Tensor& x, const Tensor& packed, const OptionalTensor& bias, const OptionalTensor& scales,
                      const OptionalTensor& x_scales, int64_t out_features) {
   const int64_t bytes = bytes_of(x, "x"), rows = x.size(0);
-  STD_TORCH_CHECK((packed.scalar_type() == ScalarType::Char) == (bytes == 1), "x: expected int8 with a weight of int8, else bfloat16");
+  STD_TORCH_CHECK((packed.scalar_type() == ScalarType::Char) == (bytes == 1),
+                  "x: expected int8 with a weight of int8, else bfloat16");
   STD_TORCH_CHECK((bytes == 1) == x_scales.has_value(), "x_scales: expected with int8 and only then");
   Product product = product_of(packed, bias, scales, out_features, x.size(1));
   product.x = static_cast<const char*>(x.const_data_ptr());

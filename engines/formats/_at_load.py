@@ -8,6 +8,7 @@ queries.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,12 @@ Quantize = Callable[[Tensor], QuantizedWeight]
 """A weight [out_features, in_features], of any float dtype, or on the meta device"""
 
 
-def read_quantized(weights: Weights, source: LinearSource, quantize: Quantize) -> Projection:
+def detect(quantization: dict[str, Any] | None) -> bool:
+    """No checkpoint is stored so: model.quantization asks for it."""
+    return False
+
+
+def read_quantized(quantize: Quantize, weights: Weights, source: LinearSource) -> Projection:
     """As engines.layers.linear.Format."""
     read = dense.read(weights, source)
     plain = any(name.rpartition(".")[2] in PLAIN for name in source.names)
@@ -31,7 +37,7 @@ def read_quantized(weights: Weights, source: LinearSource, quantize: Quantize) -
 
 
 def read_stacked_quantized(
-    weights: Weights, name: str, experts: Cut, rows: Cut, columns: Cut, quantize: Quantize
+    quantize: Quantize, weights: Weights, name: str, experts: Cut, rows: Cut, columns: Cut
 ) -> list[Projection]:
     """As dense.read_stacked."""
     return [_quantized(read, quantize) for read in dense.read_stacked(weights, name, experts, rows, columns)]

@@ -6,29 +6,15 @@ model.quantization=w8a16.
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from engines.formats._at_load import integers, read_quantized, read_stacked_quantized
-from engines.ops.moe import Projection
+from engines.formats._at_load import detect, integers, read_quantized, read_stacked_quantized
 from engines.ops.quantized import GroupedIntWeight
-from engines.weights import Cut, LinearSource, Weights
 
-
-def detect(quantization: dict[str, Any] | None) -> bool:
-    return False
-
-
-def read(weights: Weights, source: LinearSource) -> Projection:
-    """As engines.layers.linear.Format."""
-    return read_quantized(weights, source, quantize)
-
-
-def read_stacked(weights: Weights, name: str, experts: Cut, rows: Cut, columns: Cut) -> list[Projection]:
-    """As dense.read_stacked."""
-    return read_stacked_quantized(weights, name, experts, rows, columns, quantize)
+__all__ = ["detect", "quantize", "read", "read_stacked"]
 
 
 def quantize(weight: Tensor) -> GroupedIntWeight:
@@ -37,3 +23,7 @@ def quantize(weight: Tensor) -> GroupedIntWeight:
     codes = signed.view(torch.uint8).bitwise_xor_(128)  # two's complement plus 128
     zeros = torch.full_like(scales, 128, dtype=torch.int16)
     return GroupedIntWeight(codes, scales[:, None], zeros[:, None], 8, weight.shape[1])
+
+
+read = partial(read_quantized, quantize)
+read_stacked = partial(read_stacked_quantized, quantize)
